@@ -1,0 +1,43 @@
+"""Every error natgrad raises: each message states the symptom, its likely causes and the remedy."""
+
+from __future__ import annotations
+
+
+class NatgradError(Exception):
+    """Base of all natgrad errors."""
+
+
+class ArgumentError(NatgradError, ValueError):
+    """An argument has a value that natgrad cannot work with."""
+
+
+class ShapeError(ArgumentError):
+    """Two things that must agree in shape do not."""
+
+
+class NotPositiveDefiniteError(NatgradError, ArithmeticError):
+    """A matrix that must be positive definite is not, and damping within reason did not make it so."""
+
+
+class NonFiniteError(NatgradError, ArithmeticError):
+    """NaN or infinity where finite numbers are required."""
+
+
+class ConvergenceError(NatgradError, ArithmeticError):
+    """An iteration ended without an answer of the required quality."""
+
+
+class StaleTapeError(NatgradError, RuntimeError):
+    """An output was observed that does not belong to a recorded forward pass."""
+
+
+class NotObservedError(NatgradError, RuntimeError):
+    """A step was asked for, but the curvature it needs was never observed."""
+
+
+class UnsupportedError(NatgradError, NotImplementedError):
+    """A combination that has no meaning or no implementation; the message names what to use instead."""
+
+
+class MissingExtraError(NatgradError, ImportError):
+    """A feature needs an optional dependency; the message names the extra to install."""
