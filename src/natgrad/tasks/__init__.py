@@ -1,0 +1,1 @@
+"""Tasks on real data, and the engine that compares optimizers on them."""
