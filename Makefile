@@ -1,0 +1,49 @@
+# Every target does its own set-up in .venv. `make run` is the main job; `make test` and `make check` are what CI runs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two test workers share the machine: one thread each beats oversubscription.
+WORKERS ?= 2
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DELETE_ON_ERROR:
+.PHONY: run test test-slow check format bench docs clean
+
+run: .venv/.installed-run
+	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --out runs/digits
+
+test: .venv/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-slow: .venv/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/run.py
+
+docs: .venv/.installed-dev
+	$(BIN)/python .ci/check_links.py
+
+clean:
+	rm -rf .venv dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-run: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[tasks,report,cli]'
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ .venv/.installed-run
