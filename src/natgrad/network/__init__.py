@@ -1,0 +1,37 @@
+"""A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
+
+from natgrad.network.layers import RULES, LayerRule, register_layer, rule_for
+from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
+from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying
+from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
+from natgrad.network.tape import Recorder, Tape, accumulation, as_arguments, output_tensor, record, recording, uncovered_parameters
+
+__all__ = [
+    "RULES",
+    "Block",
+    "BlockVector",
+    "Cell",
+    "DenseRows",
+    "EmbeddingRows",
+    "HessianProducts",
+    "LayerRule",
+    "LinearRows",
+    "Linearization",
+    "Partition",
+    "Pass",
+    "RandomState",
+    "Recorder",
+    "Rows",
+    "Tape",
+    "accumulation",
+    "as_arguments",
+    "cells",
+    "is_replaying",
+    "output_tensor",
+    "record",
+    "recording",
+    "register_layer",
+    "rule_for",
+    "trainable_parameters",
+    "uncovered_parameters",
+]

@@ -1,0 +1,250 @@
+"""Rows of a Jacobian, kept in whatever form is cheapest.
+
+For columns ``s_k`` of the output's Fisher factor, the row of example n is ``r_kn = J_nᵀ s_kn`` restricted to some
+parameters; ``R`` of shape ``[K·N, p]`` stacks them, column index k outermost. The Fisher is ``RᵀR / M``; every
+structure is a way to use R, and no structure needs to know from which layer it came.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+class Rows(ABC):
+    """Jacobian rows of the parameters of one cell: a matrix ``R`` of shape ``[K·N, p]``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """``(K, N, p)``."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """``R`` as a tensor ``[K, N, p]``."""
+
+    @abstractmethod
+    def scaled(self, factor: float | Tensor) -> Rows:
+        """``factor · R``."""
+
+    @abstractmethod
+    def joined(self, other: Rows) -> Rows:
+        """Rows of a second use of the same parameters by the same examples: the rows add up."""
+
+    @abstractmethod
+    def stacked(self, other: Rows) -> Rows:
+        """Rows of further examples (another micro-batch), concatenated along N."""
+
+    def total(self) -> Tensor:
+        """``Σ_n r_kn`` of shape ``[K, p]``: what an ordinary backward pass gives."""
+        return self.dense().sum(1)
+
+    def squared_sum(self) -> Tensor:
+        """``Σ_kn r_kn²`` elementwise, shape ``[p]``."""
+        return self.dense().square().sum((0, 1))
+
+    def gram(self) -> Tensor:
+        """``R Rᵀ`` of shape ``[K·N, K·N]``."""
+        r = self.dense().flatten(0, 1)
+        return r @ r.T
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``R v`` for ``v`` of shape ``[*batch, p]``: ``[*batch, K·N]``."""
+        return v @ self.dense().flatten(0, 1).T
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """``Rᵀ u`` for ``u`` of shape ``[*batch, K·N]``: ``[*batch, p]``."""
+        return u @ self.dense().flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class DenseRows(Rows):
+    """Rows stored one by one: ``matrix`` of shape ``[K, N, p]``."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        k, n, p = self.matrix.shape
+        return k, n, p
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def scaled(self, factor: float | Tensor) -> DenseRows:
+        return DenseRows(self.matrix * factor)
+
+    def joined(self, other: Rows) -> DenseRows:
+        return DenseRows(self.matrix + other.dense())
+
+    def stacked(self, other: Rows) -> DenseRows:
+        return DenseRows(torch.cat([self.matrix, other.dense()], 1))
+
+
+@dataclass(frozen=True)
+class LinearRows(Rows):
+    """``r_kn = vec Σ_s g_kns a_nsᵀ`` for a matrix parameter ``[groups, out, in]``, row-major.
+
+    Args:
+        a: inputs ``[groups, N, S, in]`` (with the homogeneous coordinate where there is a bias).
+        g: output gradients ``[K, groups, N, S, out]``.
+    """
+
+    a: Tensor
+    g: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        k, groups, n, _, out = self.g.shape
+        return k, n, groups * out * self.a.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return self.a.shape[2]
+
+    def _matrices(self) -> Tensor:
+        """Per-example gradients ``[K, N, groups, out, in]``."""
+        if self.positions == 1:
+            return torch.einsum("kgno,gni->kngoi", self.g[:, :, :, 0], self.a[:, :, 0])
+        return torch.einsum("kgnso,gnsi->kngoi", self.g, self.a)
+
+    def dense(self) -> Tensor:
+        return self._matrices().flatten(2)
+
+    def scaled(self, factor: float | Tensor) -> LinearRows:
+        return replace(self, g=self.g * factor)
+
+    def joined(self, other: Rows) -> Rows:
+        if not isinstance(other, LinearRows):
+            return DenseRows(self.dense() + other.dense())
+        return LinearRows(torch.cat([self.a, other.a], 2), torch.cat([self.g, other.g], 3))
+
+    def stacked(self, other: Rows) -> Rows:
+        if isinstance(other, LinearRows) and other.positions == self.positions:
+            return LinearRows(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 2))
+        return DenseRows(torch.cat([self.dense(), other.dense()], 1))
+
+    def total(self) -> Tensor:
+        return torch.einsum("kgnso,gnsi->kgoi", self.g, self.a).flatten(1)
+
+    def squared_sum(self) -> Tensor:
+        if self.positions == 1:
+            g, a = self.g[:, :, :, 0], self.a[:, :, 0]
+            return torch.einsum("gno,gni->goi", g.square().sum(0), a.square()).flatten()
+        k, n, p = self.shape
+        size = max(1, _CHUNK_BYTES // max(1, k * p * self.g.element_size()))
+        total = self.g.new_zeros(p)
+        for start in range(0, n, size):
+            part = LinearRows(self.a[:, start : start + size], self.g[:, :, start : start + size])
+            total += part.dense().square().sum((0, 1))
+        return total
+
+    def gram(self) -> Tensor:
+        k, groups, n, s, out = self.g.shape
+        if s == 1:
+            inputs = self.a[:, :, 0] @ self.a[:, :, 0].mT  # [groups, N, N]
+            g = self.g[:, :, :, 0].permute(1, 0, 2, 3).reshape(groups, k * n, out)
+            outputs = (g @ g.mT).reshape(groups, k, n, k, n)
+            return torch.einsum("gnm,gknlm->knlm", inputs, outputs).reshape(k * n, k * n)
+        fan_in = self.a.shape[-1]
+        if n * s * s * (out + fan_in) < out * fan_in * (s + n):
+            # Few positions: Σ_st (a_ns·a_mt)(g_ns·g_mt) costs less than the rows themselves.
+            inputs = torch.einsum("gnsi,gmti->gnsmt", self.a, self.a)
+            outputs = torch.einsum("kgnso,lgmto->gknslmt", self.g, self.g)
+            return torch.einsum("gnsmt,gknslmt->knlm", inputs, outputs).reshape(k * n, k * n)
+        r = self.dense().flatten(0, 1)
+        return r @ r.T
+
+    def matvec(self, v: Tensor) -> Tensor:
+        k, groups, n, _, out = self.g.shape
+        w = v.reshape(*v.shape[:-1], groups, out, self.a.shape[-1])
+        pushed = torch.einsum("...goi,gnsi->...gnso", w, self.a)
+        return torch.einsum("...gnso,kgnso->...kn", pushed, self.g).flatten(-2)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        k, _, n, _, _ = self.g.shape
+        weighted = torch.einsum("...kn,kgnso->...gnso", u.reshape(*u.shape[:-1], k, n), self.g)
+        return torch.einsum("...gnso,gnsi->...goi", weighted, self.a).flatten(-3)
+
+
+@dataclass(frozen=True)
+class EmbeddingRows(Rows):
+    """Rows of an embedding table ``[vocabulary, width]``: ``r_kn = vec Σ_s onehot(index_ns) g_knsᵀ``.
+
+    Args:
+        index: token indices ``[N, S]``.
+        g: output gradients ``[K, N, S, width]``.
+        vocabulary: number of table rows.
+    """
+
+    index: Tensor
+    g: Tensor
+    vocabulary: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        k, n, _, width = self.g.shape
+        return k, n, self.vocabulary * width
+
+    def dense(self) -> Tensor:
+        k, n, s, width = self.g.shape
+        rows = self.g.new_zeros(k, n, self.vocabulary, width)
+        index = self.index[None, :, :, None].expand(k, n, s, width)
+        return rows.scatter_add_(2, index, self.g).flatten(2)
+
+    def scaled(self, factor: float | Tensor) -> EmbeddingRows:
+        return replace(self, g=self.g * factor)
+
+    def joined(self, other: Rows) -> Rows:
+        if not isinstance(other, EmbeddingRows):
+            return DenseRows(self.dense() + other.dense())
+        index, g = torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 2)
+        return EmbeddingRows(index, g, self.vocabulary)
+
+    def stacked(self, other: Rows) -> Rows:
+        if isinstance(other, EmbeddingRows) and other.index.shape[1] == self.index.shape[1]:
+            index, g = torch.cat([self.index, other.index], 0), torch.cat([self.g, other.g], 1)
+            return EmbeddingRows(index, g, self.vocabulary)
+        return DenseRows(torch.cat([self.dense(), other.dense()], 1))
+
+    def total(self) -> Tensor:
+        k, _, _, width = self.g.shape
+        out = self.g.new_zeros(k, self.vocabulary, width)
+        return out.index_add_(1, self.index.flatten(), self.g.flatten(1, 2)).flatten(1)
+
+    def gram(self) -> Tensor:
+        k, n, s, _ = self.g.shape
+        same = (self.index[:, :, None, None] == self.index[None, None]).to(self.g.dtype)  # [N, S, N, S]
+        products = torch.einsum("knsw,lmtw->knslmt", self.g, self.g)
+        return torch.einsum("nsmt,knslmt->knlm", same, products).reshape(k * n, k * n)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        table = v.reshape(*v.shape[:-1], self.vocabulary, -1)
+        return torch.einsum("...nsw,knsw->...kn", table[..., self.index, :], self.g).flatten(-2)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        k, n, _, width = self.g.shape
+        weighted = torch.einsum("...kn,knsw->...nsw", u.reshape(*u.shape[:-1], k, n), self.g)
+        out = weighted.new_zeros(*u.shape[:-1], self.vocabulary, width)
+        return out.index_add_(-2, self.index.flatten(), weighted.flatten(-3, -2)).flatten(-2)
+
+
+def scale_shift_rows(z: Tensor, g: Tensor, trainable: tuple[str, ...]) -> DenseRows:
+    """Rows of a norm layer's scale and shift: ``Σ_s g_s ⊙ z_s`` and ``Σ_s g_s``, at most ``2C`` numbers an example.
+
+    Args:
+        z: normalised inputs ``[N, S, C]``.
+        g: output gradients ``[K, N, S, C]``.
+        trainable: which of ``weight`` and ``bias`` require a gradient.
+    """
+    parts = []
+    if "weight" in trainable:
+        parts.append(torch.einsum("knsc,nsc->knc", g, z))
+    if "bias" in trainable:
+        parts.append(g.sum(2))
+    return DenseRows(torch.cat(parts, -1))

@@ -1,0 +1,272 @@
+"""One forward pass, remembered: what every layer saw, and where its output stands in the autograd graph.
+
+The tape never touches parameters' gradients. It holds gradient *edges*, taken when the layer returned, so that
+later in-place activations, another forward pass or gradient accumulation cannot change what it refers to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from natgrad.errors import ShapeError, StaleTapeError, UnsupportedError
+from natgrad.network.layers import rule_for
+from natgrad.network.partition import Cell, cells, trainable_parameters
+from natgrad.network.rows import DenseRows, Rows
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One call of a layer: its input, and the edge through which its output's gradient arrives."""
+
+    input: Tensor
+    version: int
+    edge: GradientEdge
+
+
+@dataclass
+class Tape:
+    """What one forward pass of ``model`` left behind.
+
+    Args:
+        model: the network (weakly held).
+        uses: calls of each supported layer, by qualified module name, in order.
+        output: the network's output ``[N, *positions, C]``, set when the pass ends.
+        arguments: positional and keyword arguments of the pass.
+    """
+
+    _model: weakref.ref[nn.Module]
+    uses: dict[str, list[LayerUse]] = field(default_factory=dict)
+    output: Tensor | None = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise StaleTapeError("The model of a recorded forward pass no longer exists. Keep a reference to it.")
+        return model
+
+    def rows(self, cell_list: Sequence[Cell], columns: Tensor) -> dict[str, Rows]:
+        """Jacobian rows ``J_nᵀ s_kn`` of each cell.
+
+        Args:
+            cell_list: the cells whose rows are wanted.
+            columns: ``[K, *output.shape]``.
+
+        Returns:
+            Rows by cell name; a cell that took no part in the pass has no entry.
+        """
+        covered = [c for c in cell_list if c.module is not None and self.uses.get(c.module)]
+        edges = [use.edge for c in covered for use in self.uses[c.module]]  # type: ignore[index]
+        gradients = iter(self.backward(edges, columns))
+        out: dict[str, Rows] = {}
+        for cell in covered:
+            module = self.model.get_submodule(cell.module)  # type: ignore[arg-type]
+            rule = rule_for(module)
+            assert rule is not None
+            rows: Rows | None = None
+            for use in self.uses[cell.module]:  # type: ignore[index]
+                g = next(gradients)
+                if g is None:
+                    continue
+                if use.input._version != use.version:
+                    raise StaleTapeError(
+                        f"The input of layer {cell.name!r} was changed in place after the layer used it. "
+                        "Use an out-of-place operation there."
+                    )
+                new = rule.rows(module, accumulation(use.input), accumulation(g), cell.trainable)
+                rows = new if rows is None else rows.joined(new)
+            if rows is not None:
+                out[cell.name] = rows
+        raw = [c for c in cell_list if c.module is None]
+        out.update(self.example_rows(raw, columns))
+        return out
+
+    def example_rows(self, cell_list: Sequence[Cell], columns: Tensor) -> dict[str, Rows]:
+        """Rows of parameters that no layer rule covers: one backward pass per example, batched by vmap."""
+        if not cell_list:
+            return {}
+        parameters = dict(self.model.named_parameters())
+        targets = [parameters[name] for cell in cell_list for name in cell.parameters]
+        n = columns.shape[1]
+        selector = torch.eye(n, dtype=columns.dtype, device=columns.device)
+        selector = selector.reshape(n, n, *[1] * (columns.dim() - 2))
+        per_column = [self.backward(targets, selector * column) for column in columns]
+        out: dict[str, Rows] = {}
+        for i, cell in enumerate(cell_list):
+            grads = [grad[i] for grad in per_column]
+            if all(g is None for g in grads):
+                continue
+            out[cell.name] = DenseRows(accumulation(torch.stack([g.flatten(1) for g in grads if g is not None])))
+        return out
+
+    def backward(self, targets: Sequence[Tensor | GradientEdge], columns: Tensor) -> list[Tensor | None]:
+        """``Jᵀ s_k`` with respect to each target for every column, ``[K, *target.shape]`` (None where unused)."""
+        if self.output is None:
+            raise StaleTapeError("The forward pass has not ended, so there is no output to differentiate yet.")
+        if columns.shape[1:] != self.output.shape:
+            raise ShapeError(
+                f"Columns of shape {tuple(columns.shape[1:])} do not fit an output of shape {tuple(self.output.shape)}."
+            )
+        if not targets:
+            return []
+        columns = columns.to(self.output.dtype)
+        try:
+            return self._batched_backward(targets, columns)
+        except RuntimeError as error:
+            if "checkpoint" in str(error).lower():
+                raise UnsupportedError(
+                    "The forward pass uses reentrant activation checkpointing, which allows no backward pass but the "
+                    "loss's own. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                ) from error
+            if "second time" in str(error) or "modified by an inplace" in str(error):
+                raise StaleTapeError(
+                    "The graph of the observed forward pass is gone: backward() has already freed it, or an operation "
+                    "changed a saved tensor in place. Call observe(output) before loss.backward()."
+                ) from error
+            raise
+
+    def _batched_backward(self, targets: Sequence[Tensor | GradientEdge], columns: Tensor) -> list[Tensor | None]:
+        output: Any = self.output
+        inputs: Any = list(targets)
+        if columns.shape[0] > 1:
+            try:
+                return list(
+                    torch.autograd.grad(
+                        output, inputs, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+                    )
+                )
+            except RuntimeError as error:
+                # Some backward formulas have no batching rule; the loop below gives the same result.
+                if "second time" in str(error) or "checkpoint" in str(error).lower():
+                    raise
+        per_column = [
+            torch.autograd.grad(output, inputs, column, retain_graph=True, allow_unused=True) for column in columns
+        ]
+        return [None if grads[0] is None else torch.stack(grads) for grads in zip(*per_column, strict=True)]
+
+
+class Recorder:
+    """Records one forward pass at a time: hooks stand on the layers only while it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tape = Tape(weakref.ref(model))
+        self._handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, module in model.named_modules()
+            if rule_for(module) is not None
+        ]
+
+    def _hook(self, name: str) -> Any:
+        tape = self.tape
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
+                return
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                use = LayerUse(x.detach(), x._version, get_gradient_edge(output))
+                tape.uses.setdefault(name, []).append(use)
+
+        return record
+
+    def stop(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Tape]:
+    """Record the forward pass that runs inside the ``with`` statement."""
+    recorder = Recorder(model)
+    try:
+        yield recorder.tape
+    finally:
+        recorder.stop()
+
+
+def accumulation(t: Tensor) -> Tensor:
+    """``t`` in the precision in which statistics are accumulated: float32 or better; indices as they are."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def output_tensor(output: Any) -> Tensor | None:
+    """The tensor a likelihood reads: the output itself, or its ``logits`` (as transformers' models return)."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def record(model: nn.Module, x: Any) -> Tape:
+    """Run ``model`` on ``x`` and return the tape.
+
+    Args:
+        model: the network.
+        x: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        UnsupportedError: the output is neither a tensor nor has one called ``logits``.
+    """
+    args, kwargs = as_arguments(x)
+    with torch.enable_grad(), recording(model) as tape:
+        output = model(*args, **kwargs)
+    tape.arguments = (args, kwargs)
+    tape.output = output_tensor(output)
+    if tape.output is None:
+        raise UnsupportedError(
+            f"The model returned {type(output).__name__}; natgrad needs a tensor (or an output with a tensor called "
+            "'logits'). Wrap the model in one that returns the tensor the likelihood is about."
+        )
+    return tape
+
+
+def as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a forward pass from the forms in which a user gives an input."""
+    if isinstance(x, dict):
+        return (), dict(x)
+    return (x, {}) if isinstance(x, tuple) else ((x,), {})
+
+
+def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
+    """Parameters whose layer rule does not account for their whole gradient in this pass, with the reason.
+
+    Compares, for one random column, the sum of the rows with what an ordinary backward pass gives. This finds layers
+    that bypass their module (``nn.MultiheadAttention``, ``F.linear`` on another layer's weight), re-parametrised
+    weights and anything else that a list of module types would miss.
+    """
+    output = tape.output
+    assert output is not None
+    column = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+    column = column.to(output.dtype)[None]
+    cell_list = [cell for cell in cells(tape.model) if cell.module is not None]
+    rows = tape.rows(cell_list, column)
+    parameters = trainable_parameters(tape.model)
+    names = [name for cell in cell_list for name in cell.parameters]
+    truth = dict(zip(names, tape.backward([parameters[n] for n in names], column), strict=True))
+    found: dict[str, str] = {}
+    for cell in cell_list:
+        expected = {n: truth[n] for n in cell.parameters}
+        if all(g is None for g in expected.values()):
+            continue  # took no part in this pass
+        if cell.name not in rows:
+            found.update({n: f"{cell.name} is used without calling its module" for n in cell.parameters})
+            continue
+        whole = {n: g if g is not None else torch.zeros(1, *s, dtype=output.dtype, device=output.device)
+                 for (n, g), s in zip(expected.items(), cell.shapes, strict=True)}  # fmt: skip
+        want, have = cell.pack(whole).float(), rows[cell.name].total().float()
+        # Low-precision gradients are rounded on the way; a missing contribution is of the gradient's own size.
+        tolerance = 5e-2 if output.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if torch.linalg.vector_norm(want - have) > tolerance * torch.linalg.vector_norm(want):
+            found.update({n: f"{cell.name}'s parameters are also used outside its module" for n in cell.parameters})
+    return found
