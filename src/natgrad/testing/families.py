@@ -38,11 +38,8 @@ class Family:
 
     def fisher_from_scores(self, f: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """Λ estimated from n sampled scores; shape [*batch, C, C]."""
-        total = torch.zeros(*f.shape, f.shape[-1], dtype=f.dtype, device=f.device)
-        for y in self.sample(f, n, generator):
-            score = self.score(f, y)
-            total += score.unsqueeze(-1) * score.unsqueeze(-2)
-        return total / n
+        scores = self.score(f.expand(n, *f.shape), self.sample(f, n, generator))
+        return torch.einsum("n...c,n...d->...cd", scores, scores) / n
 
 
 def categorical() -> Family:
@@ -166,6 +163,7 @@ def gamma() -> Family:
 
     def sample(f: Tensor, n: int, generator: torch.Generator) -> Tensor:
         a, b = f[..., 0].exp(), f[..., 1].exp()
-        return torch._standard_gamma(a.expand(n, *a.shape), generator=generator) / b
+        standard = torch._standard_gamma(a.expand(n, *a.shape), generator=generator)  # pyright: ignore
+        return standard / b
 
     return Family("gamma", nll, kl, fisher, sample)

@@ -42,9 +42,9 @@ def flatten(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
 
 
 def flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:
-    """∂loss/∂θ as a flat vector [P]; zero where a parameter does not take part."""
+    """∂loss/∂θ as a flat vector [P]; zero where a parameter does not take part. The graph is kept."""
     parameters = list(trainable(model).values())
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return flatten([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
 
 
@@ -264,6 +264,7 @@ def record_layers(
             inputs = inputs.reshape(n, -1, layer.in_features)
         else:
             own = own.flatten(3).transpose(2, 3)
+            assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             inputs = patches(layer, inputs)
         records[name].append(LayerRecord(inputs, own.reshape(*f.shape, *own.shape[2:])))
     return records

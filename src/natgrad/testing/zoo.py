@@ -209,9 +209,9 @@ def _conv(layer: nn.Module, flat: int, outputs: int) -> nn.Module:
 
 
 def _pooled(layer: nn.Module, channels: int, outputs: int) -> nn.Module:
-    dims = layer.weight.dim() - 2  # pyright: ignore[reportAttributeAccessIssue]
-    pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims]
-    return nn.Sequential(layer, nn.Tanh(), pool(1), nn.Flatten(), nn.Linear(channels, outputs))
+    dims = layer.get_parameter("weight").dim() - 2
+    pool: nn.Module = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
+    return nn.Sequential(layer, nn.Tanh(), pool, nn.Flatten(), nn.Linear(channels, outputs))
 
 
 def _normed(norm: nn.Module, outputs: int) -> nn.Module:
@@ -220,7 +220,7 @@ def _normed(norm: nn.Module, outputs: int) -> nn.Module:
 
 def _frozen(outputs: int, which: str) -> nn.Module:
     model = _mlp(outputs)
-    model.get_parameter(which).requires_grad_(False)
+    model.get_parameter(which).requires_grad = False
     return model
 
 
