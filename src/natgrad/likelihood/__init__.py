@@ -5,7 +5,9 @@ from __future__ import annotations
 from natgrad.likelihood.base import Likelihood, Target
 from natgrad.likelihood.bernoulli import Bernoulli
 from natgrad.likelihood.categorical import Categorical
+from natgrad.likelihood.distribution import FromDistribution
 from natgrad.likelihood.gaussian import Gaussian
 from natgrad.likelihood.poisson import Poisson
+from natgrad.likelihood.weighted import Weighted
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "Target"]
+__all__ = ["Bernoulli", "Categorical", "FromDistribution", "Gaussian", "Likelihood", "Poisson", "Target", "Weighted"]

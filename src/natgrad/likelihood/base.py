@@ -31,6 +31,11 @@ class Likelihood(ABC):
     #: True when `weights` depends on the data's labels, so that curvature cannot be had from inputs alone.
     needs_target: bool = False
 
+    @property
+    def unweighted(self) -> Likelihood:
+        """The likelihood without its weights: what to score sampled labels with (see `Weighted`)."""
+        return self
+
     @abstractmethod
     def distribution(self, f: Tensor) -> Distribution:
         """p(· | f) as a torch distribution of batch shape [*batch] that does not validate its arguments."""

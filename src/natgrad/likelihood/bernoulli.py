@@ -25,7 +25,8 @@ class Bernoulli(Likelihood):
     """
 
     def distribution(self, f: Tensor) -> Distribution:
-        return Independent(torch.distributions.Bernoulli(logits=promote(f), validate_args=False), 1, validate_args=False)
+        each = torch.distributions.Bernoulli(logits=promote(f), validate_args=False)
+        return Independent(each, 1, validate_args=False)
 
     def nll(self, f: Tensor, y: Target) -> Tensor:
         f = promote(f)

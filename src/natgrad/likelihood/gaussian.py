@@ -123,7 +123,9 @@ class Gaussian(Likelihood):
         """The diagonal of Λ^½, shape [*batch, C]."""
         mean, log_scale = self._parameters(f)
         inverse = (-log_scale).exp()
-        return inverse if self.scale is not None else torch.cat([inverse, torch.full_like(mean, math.sqrt(2.0))], dim=-1)
+        if self.scale is not None:
+            return inverse
+        return torch.cat([inverse, torch.full_like(mean, math.sqrt(2.0))], dim=-1)
 
     def _labels(self, f: Tensor, y: Target) -> Tensor:
         return check_elementwise(self, f, y, f.shape[-1] // 2 if self.scale is None else None)
