@@ -2,9 +2,9 @@
 
 from natgrad.network.layers import RULES, LayerRule, register_layer, rule_for
 from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
-from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying
+from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying, record
 from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
-from natgrad.network.tape import Recorder, Tape, accumulation, as_arguments, output_tensor, record, recording, uncovered_parameters
+from natgrad.network.tape import Recorder, Tape, accumulation, as_arguments, output_tensor, recording, uncovered_parameters
 
 __all__ = [
     "RULES",

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.errors import UnsupportedError
 from natgrad.network.partition import trainable_parameters
-from natgrad.network.tape import output_tensor
+from natgrad.network.tape import Tape, as_arguments, output_tensor, recording
 
 _replaying: ContextVar[bool] = ContextVar("natgrad_replaying", default=False)
 
@@ -92,6 +92,23 @@ class Pass:
         if selected is None:
             raise UnsupportedError(f"The model returned {type(output).__name__}; natgrad needs a tensor output.")
         return selected
+
+
+def record(model: nn.Module, x: Any) -> Tape:
+    """Run ``model`` on ``x`` without side effects and return the tape.
+
+    Args:
+        model: the network, in whatever mode it is.
+        x: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        UnsupportedError: the output is neither a tensor nor has one called ``logits``.
+    """
+    args, kwargs = as_arguments(x)
+    observed = Pass(model, args, kwargs)
+    with torch.enable_grad(), recording(model) as tape:
+        tape.output = observed.run()
+    return tape
 
 
 class Linearization:

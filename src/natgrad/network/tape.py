@@ -39,13 +39,11 @@ class Tape:
         model: the network (weakly held).
         uses: calls of each supported layer, by qualified module name, in order.
         output: the network's output ``[N, *positions, C]``, set when the pass ends.
-        arguments: positional and keyword arguments of the pass.
     """
 
     _model: weakref.ref[nn.Module]
     uses: dict[str, list[LayerUse]] = field(default_factory=dict)
     output: Tensor | None = None
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     @property
     def model(self) -> nn.Module:
@@ -206,29 +204,6 @@ def output_tensor(output: Any) -> Tensor | None:
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) else None
-
-
-def record(model: nn.Module, x: Any) -> Tape:
-    """Run ``model`` on ``x`` and return the tape.
-
-    Args:
-        model: the network.
-        x: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-
-    Raises:
-        UnsupportedError: the output is neither a tensor nor has one called ``logits``.
-    """
-    args, kwargs = as_arguments(x)
-    with torch.enable_grad(), recording(model) as tape:
-        output = model(*args, **kwargs)
-    tape.arguments = (args, kwargs)
-    tape.output = output_tensor(output)
-    if tape.output is None:
-        raise UnsupportedError(
-            f"The model returned {type(output).__name__}; natgrad needs a tensor (or an output with a tensor called "
-            "'logits'). Wrap the model in one that returns the tensor the likelihood is about."
-        )
-    return tape
 
 
 def as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

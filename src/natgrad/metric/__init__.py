@@ -1,0 +1,40 @@
+"""Likelihood and network joined: estimates, structures, and the metrics made of them."""
+
+from natgrad.metric.estimate import Empirical, Estimate, Exact, Factor, MonteCarlo, Signed
+from natgrad.metric.fisher import Fisher, Metric
+from natgrad.metric.hessian import Euclidean, Hessian
+from natgrad.metric.kronecker import EigenKronecker, Kronecker
+from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
+from natgrad.metric.statistics import Bases, Moment, Moments, ProductStatistics, RowStatistics, Statistics
+from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure
+
+__all__ = [
+    "Bases",
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "EigenKronecker",
+    "Empirical",
+    "Estimate",
+    "Euclidean",
+    "Exact",
+    "Factor",
+    "Fisher",
+    "Gram",
+    "Hessian",
+    "Kronecker",
+    "MatrixFree",
+    "Metric",
+    "Moment",
+    "Moments",
+    "MonteCarlo",
+    "ParameterOperator",
+    "ProductStatistics",
+    "RowStatistics",
+    "Signed",
+    "Statistics",
+    "Structure",
+    "check_finite_output",
+    "fisher",
+    "hessian",
+]

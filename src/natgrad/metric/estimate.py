@@ -1,0 +1,201 @@
+"""Which columns S of the output's Fisher matrix Λ = S Sᵀ are used: all, sampled, signed, or the data's own.
+
+Every estimate yields columns ``s_kn`` per row n of the batch (its positions included), such that
+``(1/M) Σ_kn (J_nᵀ s_kn)(J_nᵀ s_kn)ᵀ`` is the Fisher matrix, exactly or in expectation. ``M`` counts predictions: a
+sequence of T tokens counts as T, and weights count as their sum, as in a mean-reduced loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.errors import ArgumentError, NotObservedError
+from natgrad.likelihood import Likelihood, Weighted
+from natgrad.likelihood.base import Target
+
+# Batched backward passes hold this many rows of every activation's gradient at once.
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Columns of S for one batch.
+
+    Args:
+        columns: ``[K, N, *positions, C]``, already weighted.
+        separate: the positions of one row must not share a column: each column stands for as many columns as there
+            are positions, each zero at all positions but one.
+        normaliser: ``M``, the number of predictions or the sum of their weights (0-d tensor).
+        valid: which predictions have weight, ``[N, *positions]``; None where all do.
+    """
+
+    columns: Tensor
+    separate: bool
+    normaliser: Tensor
+    valid: Tensor | None
+
+    @property
+    def positions(self) -> int:
+        return self.columns.shape[2:-1].numel()
+
+    @property
+    def count(self) -> int:
+        """Number of columns after separation."""
+        return self.columns.shape[0] * (self.positions if self.separate else 1)
+
+    def chunks(self, size: int | None = None) -> Iterator[Tensor]:
+        """Columns ``[k, N, *positions, C]`` in chunks of at most ``size`` (default: what fits in a batched pass)."""
+        k, n = self.columns.shape[:2]
+        size = size or max(1, _ROWS_AT_ONCE // max(1, n * self.positions))
+        if not self.separate or self.positions == 1:
+            yield from self.columns.split(size)
+            return
+        flat = self.columns.reshape(k, n, self.positions, -1)
+        pairs = [(column, position) for column in range(k) for position in range(self.positions)]
+        for start in range(0, len(pairs), size):
+            chunk = torch.zeros(len(pairs[start : start + size]), *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+            for i, (column, position) in enumerate(pairs[start : start + size]):
+                chunk[i, :, position] = flat[column, :, position]
+            yield chunk.reshape(-1, *self.columns.shape[1:])
+
+
+class Estimate(ABC):
+    """How the columns of S are chosen."""
+
+    needs_target: bool = False
+
+    @abstractmethod
+    def columns(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        """Unweighted columns ``[K, *f.shape]``, and whether positions must be separated."""
+
+    def factor(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None = None, generator: torch.Generator | None = None
+    ) -> Factor:
+        """Columns of S at the output ``f``.
+
+        Args:
+            likelihood: what ``f`` means.
+            f: output ``[N, *positions, C]``.
+            y: target; needed by ``Empirical`` and by likelihoods whose weights depend on it.
+            generator: source of the random estimates' draws, on ``f``'s device.
+
+        Raises:
+            NotObservedError: a target is needed and was not given.
+        """
+        f = f.detach()
+        if y is None and (self.needs_target or likelihood.needs_target):
+            who = type(self if self.needs_target else likelihood).__name__
+            raise NotObservedError(
+                f"{who} needs the target of the observed batch, but only its output was seen. Call "
+                "opt.observe(output, target) before loss.backward(), pass y= to ng.fisher, or return "
+                "(loss, output, target) from the closure."
+            )
+        weights = curvature = None
+        if y is not None:
+            likelihood.check_target(f, y)
+            weights, curvature = likelihood.weights(f, y), likelihood.curvature_weights(f, y)
+        columns, separate = self.columns(likelihood, f, y, generator)
+        if curvature is not None and not isinstance(self, Empirical):
+            columns = columns * curvature.to(columns.dtype).sqrt()[..., None]
+        if weights is None:
+            return Factor(columns, separate, f.new_full((), f.shape[:-1].numel(), dtype=columns.dtype), None)
+        return Factor(columns, separate, weights.sum().to(columns.dtype), weights != 0)
+
+
+def unweighted(likelihood: Likelihood) -> Likelihood:
+    """The likelihood whose labels are sampled: the one inside ``Weighted``."""
+    return likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ArgumentError(f"samples={samples} was given; the number of samples per prediction must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Exact(Estimate):
+    """All columns of S: the true Fisher matrix, at the cost of one backward pass per output (and position)."""
+
+    def columns(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        return unweighted(likelihood).fisher_factor(f), True
+
+
+@dataclass(frozen=True)
+class MonteCarlo(Estimate):
+    """Scores at labels sampled from the model: unbiased for the true Fisher at one backward pass per sample.
+
+    Args:
+        samples: labels per prediction; the error falls as ``1/√samples``.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        _check_samples(self.samples)
+
+    def columns(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        inner = unweighted(likelihood)
+        labels = inner.sample(f, self.samples, generator=generator)
+        return torch.stack([inner.score(f, label) for label in labels]) / self.samples**0.5, False
+
+
+@dataclass(frozen=True)
+class Signed(Estimate):
+    """Random ±1 combinations of all columns: unbiased for the true Fisher at one backward pass per sample.
+
+    Known as curvature propagation (Martens, Sutskever & Swersky 2012). Unlike ``MonteCarlo`` it draws no labels, so
+    its noise does not depend on how peaked p(y | f) is.
+
+    Args:
+        samples: combinations per prediction.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        _check_samples(self.samples)
+
+    def columns(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        factor = unweighted(likelihood).fisher_factor(f)
+        combined = torch.zeros(self.samples, *f.shape, dtype=factor.dtype, device=f.device)
+        for out in combined:
+            for column in factor:
+                out += column * random_signs(column.shape[:-1], column, generator)[..., None]
+        return combined / self.samples**0.5, False
+
+
+@dataclass(frozen=True)
+class Empirical(Estimate):
+    """Scores at the data's own labels.
+
+    This is *not* the Fisher matrix: it depends on the labels' noise and vanishes as the model fits them (Kunstner,
+    Balles & Hennig 2019). The unit is a row of the batch: the score of a sequence is the sum over its positions. The
+    columns carry the weights of the loss, so that a row of the matrix is the outer product of that row's gradient.
+    """
+
+    needs_target: bool = True
+
+    def columns(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        assert y is not None
+        return likelihood.score(f, y)[None], False
+
+
+def random_signs(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent ±1 of the given shape, in the dtype and on the device of ``like``."""
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)

@@ -1,0 +1,219 @@
+"""The Fisher metric: an estimate (which columns of S) and a structure (what is kept of JᵀS)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.likelihood import Likelihood
+from natgrad.likelihood.base import Target
+from natgrad.linalg import DiagonalMatrix, FunctionOperator, LinearOperator
+from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
+from natgrad.metric.kronecker import Kronecker
+from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
+from natgrad.metric.structure import Gram, Structure
+from natgrad.network import Block, Cell, Linearization, Partition, Pass, Tape, cells, trainable_parameters
+
+
+class Metric(ABC):
+    """What measures distance in parameter space: one operator per block of parameters."""
+
+    needs_observation: bool = True
+    """Whether a forward pass must be observed before a step."""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the observed batch's target is needed."""
+        return False
+
+    @property
+    def averaged(self) -> bool:
+        """Whether statistics may be averaged over steps."""
+        return False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the metric runs the observed pass again instead of reading its tape."""
+        return False
+
+    @abstractmethod
+    def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
+        """Group cells into the blocks of the metric."""
+
+    def partition(self, model: nn.Module, uncovered: Mapping[str, str] | None = None) -> Partition:
+        """Divide the model's trainable parameters into the metric's blocks."""
+        return Partition(self.blocks(cells(model, uncovered)), tuple(trainable_parameters(model)))
+
+    def statistics(
+        self,
+        tape: Tape,
+        likelihood: Likelihood,
+        target: Target | None,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+        bases: Bases | None = None,
+    ) -> Statistics:
+        """What is kept of an observed pass."""
+        raise NotImplementedError
+
+    def products(
+        self,
+        observed: Pass,
+        likelihood: Likelihood,
+        target: Target | None,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ProductStatistics:
+        """The metric of an observed pass, run again."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def operators(self, partition: Partition, statistics: Statistics | None) -> dict[str, LinearOperator]:
+        """One operator per block; blocks that took no part in the pass get the zero matrix."""
+
+    def moment_operators(
+        self, partition: Partition, means: Mapping[str, Mapping[str, Tensor]], bases: Bases
+    ) -> dict[str, LinearOperator]:
+        """One operator per block from averaged moments (metrics with ``averaged`` only)."""
+        raise NotImplementedError
+
+    def reason(self, cell: Cell) -> tuple[str, str]:
+        """Treatment of a cell and the reason for it, for the coverage table."""
+        return type(self).__name__, ""
+
+
+def zero_where_missing(partition: Partition, operators: dict[str, LinearOperator]) -> dict[str, LinearOperator]:
+    """Give blocks without statistics the zero matrix, and put all in the partition's order."""
+    if not operators:
+        like = torch.zeros(0)
+    else:
+        like = torch.zeros(0, dtype=next(iter(operators.values())).dtype, device=next(iter(operators.values())).device)
+    return {b.name: operators.get(b.name) or DiagonalMatrix(like.new_zeros(b.size)) for b in partition.blocks}
+
+
+@dataclass(frozen=True)
+class Fisher(Metric):
+    """Fisher metric ``F = (1/M) Σ_n J_nᵀ Λ(f_n) J_n``.
+
+    Args:
+        estimate: ``Exact()``, ``MonteCarlo()``, ``Signed()``, or ``Empirical()`` (a different matrix, named as such).
+        structure: what is kept of it.
+    """
+
+    estimate: Estimate = MonteCarlo()
+    structure: Structure = Kronecker()
+
+    @property
+    def needs_target(self) -> bool:
+        return self.estimate.needs_target
+
+    @property
+    def averaged(self) -> bool:
+        return self.structure.averaged
+
+    @property
+    def replayed(self) -> bool:
+        return self.structure.replayed
+
+    def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
+        return self.structure.blocks(cell_list)
+
+    def reason(self, cell: Cell) -> tuple[str, str]:
+        return self.structure.reason(cell)
+
+    def statistics(
+        self,
+        tape: Tape,
+        likelihood: Likelihood,
+        target: Target | None,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+        bases: Bases | None = None,
+    ) -> Statistics:
+        assert tape.output is not None
+        likelihood.check_output(tape.output)
+        factor = self.estimate.factor(likelihood, tape.output, target, generator)
+        return self.structure.statistics(tape, factor, partition, generator=generator, bases=bases)
+
+    def products(
+        self,
+        observed: Pass,
+        likelihood: Likelihood,
+        target: Target | None,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ProductStatistics:
+        linearization = Linearization(observed)
+        f = linearization.output.detach()
+        likelihood.check_output(f)
+        (block,) = partition.blocks
+        if isinstance(self.estimate, Exact) and not likelihood.needs_target and target is None:
+            normaliser = f.new_full((), f.shape[:-1].numel())
+            operator = _products(block, linearization, lambda u: likelihood.fisher_matvec(f, u))
+        else:
+            factor = self.estimate.factor(likelihood, f, target, generator)
+            normaliser = factor.normaliser
+            operator = _products(block, linearization, lambda u: _through_columns(factor, u))
+        return ProductStatistics((operator,), normaliser)
+
+    def operators(self, partition: Partition, statistics: Statistics | None) -> dict[str, LinearOperator]:
+        if isinstance(statistics, ProductStatistics):
+            return {partition.blocks[0].name: mean_operator(statistics)}
+        if isinstance(statistics, RowStatistics):
+            assert isinstance(self.structure, Gram)
+            return self.structure.row_operators(partition, statistics)
+        assert isinstance(statistics, Moments)
+        return self.moment_operators(partition, statistics.means(), statistics.bases)
+
+    def moment_operators(
+        self, partition: Partition, means: Mapping[str, Mapping[str, Tensor]], bases: Bases
+    ) -> dict[str, LinearOperator]:
+        return zero_where_missing(partition, self.structure.operators(partition, means, bases))
+
+
+def _through_columns(factor: Factor, u: Tensor) -> Tensor:
+    """``S Sᵀ u`` for the columns of a factor, row by row (prediction by prediction where positions are separate)."""
+    products = factor.columns * u
+    if factor.separate:
+        inner = products.sum(-1, keepdim=True)
+    else:
+        inner = products.flatten(2).sum(-1).reshape(*products.shape[:2], *[1] * (products.dim() - 2))
+    return (inner * factor.columns).sum(0)
+
+
+def _products(block: Block, linearization: Linearization, output_product) -> FunctionOperator:
+    """``v ↦ Jᵀ Λ J v`` on the block's vectors."""
+
+    def product(v: Tensor) -> Tensor:
+        pushed = linearization.jvp(block.unpack(v))
+        return block.pack(linearization.vjp(output_product(pushed).to(linearization.output.dtype)))
+
+    return parameter_function(block, product, linearization.output)
+
+
+def parameter_function(block: Block, product, like: Tensor) -> FunctionOperator:
+    """A symmetric operator from a function of one vector; batches of vectors are taken one by one."""
+
+    def matvec(v: Tensor) -> Tensor:
+        if v.dim() == 1:
+            return product(v)
+        flat = v.reshape(-1, v.shape[-1])
+        return torch.stack([product(row) for row in flat]).reshape(v.shape)
+
+    return FunctionOperator(matvec, (block.size, block.size), like.dtype, like.device)
+
+
+def mean_operator(statistics: ProductStatistics) -> LinearOperator:
+    """Sum of the micro-batches' operators over the sum of their normalisers."""
+    total = statistics.operators[0]
+    for operator in statistics.operators[1:]:
+        total = total + operator
+    return total / statistics.normaliser

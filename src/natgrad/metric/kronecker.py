@@ -1,0 +1,281 @@
+"""Kronecker-factored structures: K-FAC (expand and reduce) and its eigenvalue correction.
+
+For a layer with inputs ``a`` and output gradients ``g``, the block of the Fisher matrix is approximated by ``G ⊗ A``
+acting on the row-major vector of ``[W | b]``, shape ``[out, in + 1]``:
+
+* expand (Martens & Grosse 2015; Grosse & Martens 2016): ``A = mean_{n,s} a aᵀ``, ``G = (1/M) Σ_{k,n,s} g gᵀ``;
+* reduce (Eschenhagen et al. 2023): ``A = mean_n ā āᵀ`` with ``ā = mean_s a``, ``G = (1/M) Σ_{k,n} ĝ ĝᵀ`` with
+  ``ĝ = Σ_s g``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from natgrad.errors import ArgumentError
+from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, LinearOperator
+from natgrad.linalg.psd import safe_eigh
+from natgrad.metric.estimate import Factor, random_signs
+from natgrad.metric.statistics import Bases, Moment, Moments
+from natgrad.metric.structure import Means, Structure
+from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, accumulation
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Kronecker(Structure):
+    """K-FAC: one Kronecker product per layer.
+
+    Norm layers get the exact diagonal of their few parameters. A parameter that no layer rule covers gets a diagonal
+    estimated from batch gradients with random signs per row, ``E[(Σ_n ±r_n)²] = Σ_n r_n²``: unbiased, at the cost of
+    its share of one backward pass.
+
+    Args:
+        sharing: ``"expand"`` treats every shared position (token, pixel) as an independent example, ``"reduce"``
+            aggregates positions first: exact for mean-pooled linear networks, and cheaper.
+    """
+
+    sharing: Literal["expand", "reduce"] = "expand"
+
+    def __post_init__(self) -> None:
+        if self.sharing not in ("expand", "reduce"):
+            raise ArgumentError(f"sharing={self.sharing!r} was given; use 'expand' or 'reduce'.")
+
+    @classmethod
+    def expand(cls) -> Kronecker:
+        """Every shared position is an example of its own."""
+        return cls("expand")
+
+    @classmethod
+    def reduce(cls) -> Kronecker:
+        """Shared positions are aggregated before the outer products."""
+        return cls("reduce")
+
+    def blocks(self, cells: Sequence[Cell]) -> tuple[Block, ...]:
+        return tuple(Block(cell.name, (cell,)) for cell in cells)
+
+    def statistics(
+        self,
+        tape: Tape,
+        factor: Factor,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+        bases: Bases | None = None,
+    ) -> Moments:
+        values: dict[str, dict[str, Moment]] = {}
+        for rows in self._row_chunks(tape, factor, partition, generator):
+            for name, row in rows.items():
+                found = self._moments(row, factor, first="input" not in values.get(name, {}))
+                kinds = values.setdefault(name, {})
+                for kind, moment in found.items():
+                    # The count is that of the batch, not of the chunk of columns.
+                    kinds[kind] = Moment(kinds[kind].sum + moment.sum, moment.count) if kind in kinds else moment
+        return Moments(values)
+
+    def _row_chunks(self, tape: Tape, factor: Factor, partition: Partition, generator: torch.Generator | None):
+        covered = [c for c in partition.cells if c.module is not None]
+        raw = [c for c in partition.cells if c.module is None]
+        parameters = dict(tape.model.named_parameters())
+        for columns in factor.chunks():
+            rows: dict[str, Rows | Tensor] = dict(tape.rows(covered, columns))
+            if raw:
+                signs = random_signs(columns.shape[:2], columns, generator)
+                signed = columns * signs.reshape(*columns.shape[:2], *[1] * (columns.dim() - 2))
+                grads = tape.backward([parameters[c.parameters[0]] for c in raw], signed)
+                rows.update({c.name: g.flatten(1) for c, g in zip(raw, grads, strict=True) if g is not None})
+            yield rows
+
+    def _moments(self, rows: Rows | Tensor, factor: Factor, first: bool) -> dict[str, Moment]:
+        """Moments of one cell; ``first`` is false once the inputs, which all columns share, are counted."""
+        m = factor.normaliser
+        if isinstance(rows, Tensor):
+            return {"diagonal": Moment(accumulation(rows).square().sum(0), m)}
+        if isinstance(rows, LinearRows):
+            g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
+            groups, out = g.shape[1], g.shape[-1]
+            g = g.transpose(0, 1).reshape(groups, -1, out)
+            found = {"output": Moment(g.mT @ g, m)}
+            return found | {"input": self._input_moment(rows.a, factor)} if first else found
+        if isinstance(rows, EmbeddingRows):
+            g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
+            g = g.flatten(0, 2)
+            found = {"output": Moment(g.mT @ g, m)}
+            return found | {"input": self._token_moment(rows, factor)} if first else found
+        return {"diagonal": Moment(rows.squared_sum(), m)}
+
+    def _input_moment(self, a: Tensor, factor: Factor) -> Moment:
+        """``Σ a aᵀ`` over the examples and positions that count."""
+        groups, n, s, fan_in = a.shape
+        valid = _valid_positions(factor, n, s)
+        if self.sharing == "reduce":
+            if valid is None:
+                mean, count = a.mean(2), a.new_full((), n)
+            else:
+                per_row = valid.sum(1)
+                mean = (a * valid[..., None]).sum(2) / per_row.clamp_min(1)[:, None]
+                count = (per_row > 0).sum().to(a.dtype)
+            return Moment(mean.mT @ mean, count)
+        if valid is None:
+            a, count = a.reshape(groups, n * s, fan_in), a.new_full((), n * s)
+        else:
+            a, count = (a * valid[..., None]).reshape(groups, n * s, fan_in), valid.sum()
+        return Moment(a.mT @ a, count)
+
+    def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
+        """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
+        n, s = rows.index.shape
+        valid = _valid_positions(factor, n, s)
+        weight = rows.g.new_ones(n, s) if valid is None else valid.to(rows.g.dtype)
+        if self.sharing == "reduce":
+            share = weight / weight.sum(1, keepdim=True).clamp_min(1)
+            counts = share.new_zeros(n, rows.vocabulary).scatter_add_(1, rows.index, share)
+            return Moment(counts.square().sum(0), (weight.sum(1) > 0).sum().to(weight.dtype))
+        frequencies = weight.new_zeros(rows.vocabulary).index_add_(0, rows.index.flatten(), weight.flatten())
+        return Moment(frequencies, weight.sum())
+
+    def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
+        out: dict[str, LinearOperator] = {}
+        for name, kinds in means.items():
+            if "diagonal" in kinds:
+                out[name] = DiagonalMatrix(kinds["diagonal"])
+            else:
+                out[name] = _product(kinds["input"], kinds["output"])
+        return out
+
+    def reason(self, cell: Cell) -> tuple[str, str]:
+        if cell.module is None:
+            return "Diagonal", f"{cell.reason}: diagonal from batch gradients with random signs"
+        return (self.name, "") if cell.groups else ("Diagonal", "scale and shift of a norm layer: exact diagonal")
+
+
+def _product(inputs: Tensor, outputs: Tensor) -> KroneckerProduct:
+    """``G ⊗ A`` of a linear layer, or ``diag(frequencies) ⊗ G`` of an embedding (its table has tokens as rows)."""
+    if inputs.dim() == 1:
+        return KroneckerProduct(DiagonalMatrix(inputs), outputs)
+    if inputs.shape[0] == 1:
+        return KroneckerProduct(outputs[0], inputs[0])
+    return KroneckerProduct(outputs, inputs)
+
+
+def _valid_positions(factor: Factor, n: int, s: int) -> Tensor | None:
+    """Which of a layer's ``[N, S]`` positions feed predictions that count; None where all do (or none can be told)."""
+    valid = factor.valid
+    if valid is None or valid.shape[0] != n:
+        return None
+    flat = valid.reshape(n, -1)
+    if s % flat.shape[1] == 0 and flat.shape[1] > 1:
+        return flat.repeat(1, s // flat.shape[1])
+    return flat.any(1, keepdim=True).expand(n, s)
+
+
+@dataclass(frozen=True)
+class EigenKronecker(Kronecker):
+    """EKFAC: K-FAC's eigenbasis with the exact second moments of the gradient along it (George et al. 2018).
+
+    Among all matrices diagonal in that basis it is the nearest to the layer's Fisher block in Frobenius norm, and its
+    trace is exact.
+    """
+
+    def statistics(
+        self,
+        tape: Tape,
+        factor: Factor,
+        partition: Partition,
+        *,
+        generator: torch.Generator | None = None,
+        bases: Bases | None = None,
+    ) -> Moments:
+        chunks = list(self._row_chunks(tape, factor, partition, generator))
+        values: dict[str, dict[str, Moment]] = {}
+        for rows in chunks:
+            for name, row in rows.items():
+                kinds = values.setdefault(name, {})
+                for kind, moment in self._moments(row, factor, first="input" not in kinds).items():
+                    kinds[kind] = Moment(kinds[kind].sum + moment.sum, moment.count) if kind in kinds else moment
+        bases = dict(bases or {})
+        for name, kinds in values.items():
+            if "output" in kinds and name not in bases:
+                bases[name] = _eigenbases(kinds["input"].mean, kinds["output"].mean)
+        for rows in chunks:
+            for name, row in rows.items():
+                if name in bases and isinstance(row, Rows):
+                    squares = _squares_in_basis(row, bases[name])
+                    kinds = values[name]
+                    previous = kinds.get("eigenvalues")
+                    kinds["eigenvalues"] = Moment(
+                        squares if previous is None else previous.sum + squares, factor.normaliser
+                    )
+        return Moments(values, {name: bases[name] for name in bases if name in values})
+
+    def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
+        out: dict[str, LinearOperator] = {}
+        for name, kinds in means.items():
+            if "diagonal" in kinds:
+                out[name] = DiagonalMatrix(kinds["diagonal"])
+            else:
+                left, right = bases[name]
+                out[name] = KroneckerEigen(left, right, kinds["eigenvalues"])
+        return out
+
+    def basis_parts(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
+        """New eigenbases from the averaged factors; averaged eigenvalues are carried over to them.
+
+        A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the
+        rotation between them; its trace stays what it was.
+        """
+        out: dict[str, Mapping[str, Tensor]] = {}
+        new: Bases = {}
+        for name, kinds in means.items():
+            if "eigenvalues" not in kinds:
+                out[name] = kinds
+                continue
+            left, right = _eigenbases(kinds["input"], kinds["output"])
+            old_left, old_right = bases[name]
+            s = kinds["eigenvalues"]
+            if left is not None and old_left is not None:
+                s = (left.mT @ old_left).square() @ s
+            if right is not None and old_right is not None:
+                s = s @ (right.mT @ old_right).square().mT
+            out[name] = {**kinds, "eigenvalues": s}
+            new[name] = (left, right)
+        return out, new
+
+
+def _eigenbases(inputs: Tensor, outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product."""
+    output_basis = safe_eigh(outputs)[1]
+    if inputs.dim() == 1:
+        return None, output_basis
+    input_basis = safe_eigh(inputs)[1]
+    if inputs.shape[0] == 1:
+        return output_basis[0], input_basis[0]
+    return output_basis, input_basis
+
+
+def _squares_in_basis(rows: Rows, basis: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """``Σ_kn (U_leftᵀ r_kn U_right)²``, shape ``[*stack, p, q]``."""
+    left, right = basis
+    if isinstance(rows, LinearRows):
+        assert left is not None and right is not None
+        stack = left.dim() == 3
+        a, g = rows.a @ right[..., None, :, :] if stack else rows.a @ right, rows.g
+        g = g @ left[:, None] if stack else g @ left
+        rotated = LinearRows(a, g)
+        k, groups, _, _, out = g.shape
+        squares = rotated.squared_sum().reshape(groups, out, a.shape[-1])
+        return squares if stack else squares[0]
+    assert isinstance(rows, EmbeddingRows) and right is not None
+    k, n, p = rows.shape
+    size = max(1, _CHUNK_BYTES // max(1, k * p * rows.g.element_size()))
+    total = rows.g.new_zeros(rows.vocabulary, right.shape[-1])
+    for start in range(0, n, size):
+        part = EmbeddingRows(rows.index[start : start + size], rows.g[:, start : start + size] @ right, rows.vocabulary)
+        total += part.dense().square().sum((0, 1)).reshape(total.shape)
+    return total

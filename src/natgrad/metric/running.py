@@ -1,0 +1,71 @@
+"""Averages over steps and the schedule of refreshes: pure functions on tensors, no host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When statistics and inverses are renewed.
+
+    Args:
+        statistics: observe the curvature every so many steps.
+        inverse: renew inverses (and eigenbases) every so many steps. In the first ``inverse`` steps they are renewed
+            at steps 0, 1, 2, 4, 8, … because the averages still change quickly.
+
+    Raises:
+        ArgumentError: an interval below 1.
+    """
+
+    statistics: int = 1
+    inverse: int = 10
+
+    def __post_init__(self) -> None:
+        for name, value in (("statistics", self.statistics), ("inverse", self.inverse)):
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"Refresh({name}={value!r}) was given; an interval is a whole number of steps ≥ 1.")
+
+    def statistics_due(self, step: int) -> bool:
+        """Whether curvature is observed at this step (counted from 0)."""
+        return step % self.statistics == 0
+
+    def inverse_due(self, step: int) -> bool:
+        """Whether inverses are renewed at this step (counted from 0)."""
+        if step < self.inverse:
+            return step & (step - 1) == 0
+        return step % self.inverse == 0
+
+
+@dataclass(frozen=True)
+class Average:
+    """Exponential average with zero start; the weight corrects the bias, so the first value counts in full.
+
+    Args:
+        total: ``Σ_t β^(T−t) (1 − β) x_t``.
+        weight: the same sum with ``x_t = 1`` (0-d).
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def start(x: Tensor) -> Average:
+        return Average(torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def updated(self, x: Tensor, decay: float) -> Average:
+        """The average with ``x`` taken in; one with a NaN or infinite entry is left out."""
+        finite = torch.isfinite(x.sum())
+        keep = torch.where(finite, decay, 1.0).to(x.dtype)
+        total = torch.where(finite, self.total.mul(keep).add_(x, alpha=1 - decay), self.total)
+        return Average(total, self.weight * keep + (1 - keep))
+
+    @property
+    def value(self) -> Tensor:
+        """The bias-corrected mean."""
+        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)

@@ -1,0 +1,133 @@
+"""What a structure keeps of one batch. Statistics of micro-batches add up to those of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg import LinearOperator
+from natgrad.network import DenseRows, Rows
+
+Bases = dict[str, tuple[Tensor | None, Tensor | None]]
+"""Eigenbases of the left and right Kronecker factor by block name; None stands for the identity."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A sum over examples and the count that turns it into a mean."""
+
+    sum: Tensor
+    count: Tensor
+
+    def __add__(self, other: Moment) -> Moment:
+        return Moment(self.sum + other.sum, self.count + other.count)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count.clamp_min(torch.finfo(self.count.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means by block and by kind (``"matrix"``, ``"diagonal"``, ``"input"``, ``"output"``, ``"eigenvalues"``).
+
+    Only these may be averaged over steps.
+    """
+
+    values: dict[str, dict[str, Moment]]
+    bases: Bases = field(default_factory=dict)
+
+    def __add__(self, other: Moments) -> Moments:
+        merged = {block: dict(kinds) for block, kinds in self.values.items()}
+        for block, kinds in other.values.items():
+            mine = merged.setdefault(block, {})
+            for kind, moment in kinds.items():
+                mine[kind] = mine[kind] + moment if kind in mine else moment
+        return Moments(merged, self.bases | other.bases)
+
+    def means(self) -> dict[str, dict[str, Tensor]]:
+        return {block: {kind: m.mean for kind, m in kinds.items()} for block, kinds in self.values.items()}
+
+
+class JacobianRoot(LinearOperator):
+    """``Rᵀ/√M`` as an operator of shape ``[P, K·N]``: the root of a Fisher matrix, never made dense.
+
+    Args:
+        rows: Jacobian rows by cell, in the block's order; None for a cell that took no part.
+        sizes: length of each cell's vector.
+        normaliser: ``M``.
+    """
+
+    def __init__(self, rows: Sequence[Rows | None], sizes: Sequence[int], normaliser: Tensor) -> None:
+        k, n, _ = next(r for r in rows if r is not None).shape
+        super().__init__((sum(sizes), k * n), normaliser.dtype, normaliser.device)
+        self.rows, self.sizes, self.normaliser = tuple(rows), list(sizes), normaliser
+
+    def matvec(self, v: Tensor) -> Tensor:
+        u = v / self.normaliser.sqrt()
+        parts = [
+            u.new_zeros(*u.shape[:-1], size) if rows is None else rows.rmatvec(u)
+            for rows, size in zip(self.rows, self.sizes, strict=True)
+        ]
+        return torch.cat(parts, -1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        out: Tensor | None = None
+        for rows, part in zip(self.rows, v.split(self.sizes, -1), strict=True):
+            if rows is not None:
+                term = rows.matvec(part)
+                out = term if out is None else out + term
+        assert out is not None
+        return out / self.normaliser.sqrt()
+
+    def gram(self) -> Tensor:
+        """``R Rᵀ / M`` of shape ``[K·N, K·N]``, summed over cells without forming any R."""
+        total: Tensor | None = None
+        for rows in self.rows:
+            if rows is not None:
+                term = rows.gram()
+                total = term if total is None else total.add_(term)
+        assert total is not None
+        return total / self.normaliser
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """All Jacobian rows of the batch, by cell."""
+
+    rows: Mapping[str, Rows]
+    normaliser: Tensor
+
+    def __add__(self, other: RowStatistics) -> RowStatistics:
+        k, n, _ = next(iter(self.rows.values())).shape
+        other_k, m, _ = next(iter(other.rows.values())).shape
+        merged: dict[str, Rows] = {}
+        for name in {**self.rows, **other.rows}:
+            mine, theirs = self.rows.get(name), other.rows.get(name)
+            mine = _zeros_like(theirs, k, n) if mine is None else mine
+            theirs = _zeros_like(mine, other_k, m) if theirs is None else theirs
+            merged[name] = mine.stacked(theirs)
+        return RowStatistics(merged, self.normaliser + other.normaliser)
+
+
+def _zeros_like(rows: Rows | None, k: int, n: int) -> DenseRows:
+    assert rows is not None
+    example = rows.dense()
+    return DenseRows(example.new_zeros(k, n, example.shape[-1]))
+
+
+@dataclass(frozen=True)
+class ProductStatistics:
+    """Matrices known by their products, one per micro-batch, each already multiplied by its normaliser."""
+
+    operators: tuple[LinearOperator, ...]
+    normaliser: Tensor
+
+    def __add__(self, other: ProductStatistics) -> ProductStatistics:
+        return ProductStatistics(self.operators + other.operators, self.normaliser + other.normaliser)
+
+
+Statistics = Moments | RowStatistics | ProductStatistics
