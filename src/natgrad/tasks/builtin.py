@@ -20,6 +20,7 @@ LM_CONTEXT = 64
 
 
 def digits() -> Task:
+    """Handwritten digits, 8x8 pixels, ten classes; small convolutional network."""
     inputs, labels = _sklearn("load_digits")
     images = (torch.as_tensor(inputs, dtype=torch.float32) / 16).reshape(-1, 1, 8, 8)
     train, test = _split((images, torch.as_tensor(labels, dtype=torch.int64)))
@@ -37,6 +38,7 @@ def digits() -> Task:
 
 
 def digits_autoencoder() -> Task:
+    """Autoencoder 64-100-50-25-8 of the digit images, Bernoulli pixels."""
     inputs, _ = _sklearn("load_digits")
     pixels = torch.as_tensor(inputs, dtype=torch.float32) / 16
     train, test = _split((pixels, pixels))
@@ -54,6 +56,7 @@ def digits_autoencoder() -> Task:
 
 
 def breast_cancer() -> Task:
+    """Logistic regression on 30 measurements of tumours."""
     inputs, labels = _sklearn("load_breast_cancer")
     y = torch.as_tensor(labels, dtype=torch.float32).unsqueeze(1)
     train, test = _split((_standardise(inputs), y))
@@ -71,6 +74,7 @@ def breast_cancer() -> Task:
 
 
 def diabetes() -> Task:
+    """Gaussian regression with learned scale on ten measurements of patients."""
     inputs, progress = _sklearn("load_diabetes")
     train, test = _split((_standardise(inputs), _standardise(progress).unsqueeze(1)))
     return Task(
@@ -87,6 +91,7 @@ def diabetes() -> Task:
 
 
 def counts() -> Task:
+    """Poisson regression: functions per module of Python's own standard library."""
     train, test = _split(stdlib.definition_counts())
     return Task(
         "counts",
@@ -103,11 +108,12 @@ def counts() -> Task:
 
 
 def stdlib_lm() -> Task:
+    """Character language model of the standard library's source; small transformer."""
     train, test = stdlib.character_windows(1_000_000, LM_CONTEXT)
     return Task(
         "stdlib-lm",
-        "Next-character model of the source text of Python's own standard library: a transformer of 2 layers, width 64, "
-        f"on windows of {LM_CONTEXT} characters. Loss per character; test files are not training files.",
+        "Next-character model of the source text of Python's own standard library: a transformer of 2 layers and width "
+        f"64 on windows of {LM_CONTEXT} characters. Loss per character; test files are not training files.",
         models.seeded(lambda: models.Transformer(len(stdlib.ALPHABET), LM_CONTEXT, width=64, layers=2, heads=4)),
         Categorical(),
         (train[:, :-1].contiguous(), train[:, 1:].contiguous()),
@@ -118,12 +124,13 @@ def stdlib_lm() -> Task:
 
 
 def curves_autoencoder() -> Task:
+    """CURVES, the synthetic deep autoencoder of the K-FAC paper."""
     images = curves_data.curves(12_000, seed=0)
     return Task(
         "curves-autoencoder",
         "CURVES, the synthetic task of the K-FAC paper: 28x28 images of curves through three random points (10000 for "
-        "training, from a seed); autoencoder 784-400-200-100-50-25-6, mirrored, with tanh units, a linear code layer and "
-        "Xavier weights (logistic units, as in the paper, train far slower from dense random weights).",
+        "training, from a seed); autoencoder 784-400-200-100-50-25-6, mirrored, with a linear code layer and Xavier "
+        "weights. Units are tanh: the paper's logistic units need its sparse initial weights to train well.",
         models.seeded(lambda: models.autoencoder([784, 400, 200, 100, 50, 25, 6])),
         Bernoulli(),
         (images[:10_000], images[:10_000]),
@@ -134,10 +141,12 @@ def curves_autoencoder() -> Task:
 
 
 def mnist(data: Path | None) -> Task:
+    """MNIST from IDX files in --data DIR; convolutional network."""
     return _mnist_family("mnist", "MNIST: handwritten digits", data)
 
 
 def fashion_mnist(data: Path | None) -> Task:
+    """Fashion-MNIST from IDX files in --data DIR; convolutional network."""
     return _mnist_family("fashion-mnist", "Fashion-MNIST: pictures of clothing", data)
 
 
@@ -150,7 +159,7 @@ def _mnist_family(name: str, title: str, data: Path | None) -> Task:
     size = int(sets["train"][0].shape[-1])
     return Task(
         name,
-        f"{title}, {len(sets['train'][0])} training images in ten classes, read from IDX files; a convolutional network.",
+        f"{title}, {len(sets['train'][0])} training images in ten classes, from IDX files; a convolutional network.",
         models.seeded(lambda: models.small_convnet((16, 32), size, 10)),
         Categorical(),
         sets["train"],
@@ -171,7 +180,7 @@ BUILTIN: dict[str, Callable[..., Task]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
 }
-"""Name -> function that builds the task; those in NEEDS_DATA take the folder of their files."""
+"""Name -> function that builds the task and whose docstring sums it up; those in NEEDS_DATA take their files' folder."""
 NEEDS_DATA = frozenset({"mnist", "fashion-mnist"})
 
 

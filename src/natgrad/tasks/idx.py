@@ -29,7 +29,9 @@ def read_idx(path: str | Path) -> Tensor:
         with opener(path, "rb") as file:
             header = file.read(4)
             if len(header) < 4 or header[:2] != b"\0\0" or not 1 <= header[3] <= 4:
-                raise ArgumentError(f"{path} is not an IDX file: it begins with the bytes {header.hex(' ') or '(none)'}.")
+                raise ArgumentError(
+                    f"{path} is not an IDX file: it begins with the bytes {header.hex(' ') or '(none)'}."
+                )
             if header[2] != _UNSIGNED_BYTE:
                 raise ArgumentError(
                     f"{path} holds values of IDX type 0x{header[2]:02x}; only unsigned bytes (0x08) are read."
