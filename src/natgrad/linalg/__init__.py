@@ -1,4 +1,4 @@
-"""Linear operators, their inverses, and the numerics that keep both correct. Tensors only: no networks, no likelihoods."""
+"""Linear operators, their inverses, and the numerics that keep both correct. Tensors only, no networks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ from natgrad.linalg.matrices import MATRICES
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
 from natgrad.linalg.psd import damping_floor, safe_cholesky, safe_eigh, symmetrise, working_dtype
 from natgrad.linalg.solvers import CG, LU, Cholesky, Eigh, NewtonSchulz, Solver, Woodbury
+from natgrad.linalg.stochastic import (
+    SpectralDensity,
+    hutch_plus_plus_trace,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    rademacher,
+    slq_logdet,
+    slq_trace,
+    spectral_density,
+)
 
 __all__ = [
     "CG",
@@ -35,8 +45,8 @@ __all__ = [
     "DenseMatrix",
     "DiagonalMatrix",
     "DiagonalPlusLowRank",
-    "Eigh",
     "EigenMatrix",
+    "Eigh",
     "FunctionOperator",
     "IdentityMatrix",
     "Inverse",
@@ -50,6 +60,7 @@ __all__ = [
     "ScaledOperator",
     "SolveReport",
     "Solver",
+    "SpectralDensity",
     "SumOperator",
     "TransposedOperator",
     "Woodbury",
@@ -57,11 +68,18 @@ __all__ = [
     "check_damping",
     "conjugate_gradient",
     "damping_floor",
+    "hutch_plus_plus_trace",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
     "lanczos",
     "newton_schulz_inverse",
     "power_iteration",
+    "rademacher",
     "safe_cholesky",
     "safe_eigh",
+    "slq_logdet",
+    "slq_trace",
+    "spectral_density",
     "symmetrise",
     "tridiagonal",
     "working_dtype",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError, ShapeError
-from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping, merge_reports
+from natgrad.linalg.operator import Inverse, LinearOperator, check_damping, merge_reports
 
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
@@ -191,7 +192,7 @@ class ProductOperator(LinearOperator):
         flat: list[LinearOperator] = []
         for factor in factors:
             flat.extend(factor.factors if isinstance(factor, ProductOperator) else [factor])
-        for left, right in zip(flat, flat[1:], strict=False):
+        for left, right in pairwise(flat):
             if left.shape[1] != right.shape[0]:
                 raise ShapeError(f"A @ B: A has shape {left.shape}, but B has shape {right.shape}.")
         dtype = flat[0].dtype
@@ -231,7 +232,8 @@ class TransposedOperator(LinearOperator):
     """The transpose of an operator."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        super().__init__(operator.shape[::-1], operator.dtype, operator.device, symmetric=operator.symmetric)
+        m, n = operator.shape
+        super().__init__((n, m), operator.dtype, operator.device, symmetric=operator.symmetric)
         self.operator = operator
 
     def matvec(self, v: Tensor) -> Tensor:

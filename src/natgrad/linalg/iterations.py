@@ -26,7 +26,7 @@ def conjugate_gradient(
     preconditioner: Action | None = None,
     strict: bool = False,
 ) -> tuple[Tensor, SolveReport]:
-    """Solve A x = b for symmetric positive (semi)definite A, starting at zero; each vector of ``b [*batch, n]`` its own.
+    """Solve A x = b for symmetric positive (semi)definite A, starting at zero; ``b [*batch, n]`` vector by vector.
 
     Stops when ‖r‖ <= max(tolerance, eps) ‖b‖ (r as updated by the recurrence), after ``max_iterations`` (default 10 n),
     or where a search direction has zero or negative curvature, which returns the last iterate and says so in
@@ -92,8 +92,8 @@ def _cg_report(norm: Tensor, curved: Tensor, iterations: int, target: float, str
     if strict and worst > target:
         raise ConvergenceError(
             f"Conjugate gradients reached a relative residual of {worst:.3g} after {iterations} iterations, not the "
-            f"{target:.3g} asked for{f' ({note})' if note else ''}. Use more damping, a preconditioner, more iterations "
-            "or a looser tolerance."
+            f"{target:.3g} asked for{f' ({note})' if note else ''}. Use more damping, a preconditioner, more "
+            "iterations or a looser tolerance."
         )
     return SolveReport("cg", iterations=iterations, residual=worst, note=note)
 
@@ -101,9 +101,9 @@ def _cg_report(norm: Tensor, curved: Tensor, iterations: int, target: float, str
 def lanczos(matvec: Action, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos tridiagonalisation with full reorthogonalisation.
 
-    ``start [*batch, n]`` need not be normalised. Returns alphas ``[*batch, k]`` (diagonal), betas ``[*batch, k-1]`` (off
-    diagonal) and the orthonormal basis ``[*batch, k, n]`` (rows) with k = min(steps, n). Where an invariant subspace is
-    found early, the remaining alphas, betas and basis vectors are zero. Golub & Van Loan, section 10.1.
+    ``start [*batch, n]`` need not be normalised. Returns alphas ``[*batch, k]`` (diagonal), betas ``[*batch, k-1]``
+    (off diagonal) and the orthonormal basis ``[*batch, k, n]`` (rows) with k = min(steps, n). Where an invariant subspace
+    is found early, the remaining alphas, betas and basis vectors are zero. Golub & Van Loan, section 10.1.
     """
     n = start.shape[-1]
     if steps < 1:
@@ -156,14 +156,15 @@ def newton_schulz_inverse(
     a = matrix.to(working_dtype(matrix.dtype))
     n = a.shape[-1]
     eps = torch.finfo(a.dtype).eps
-    tolerance = eps**0.5 if tolerance is None else tolerance
+    target = eps**0.5 if tolerance is None else tolerance
     bound = a.abs().sum(-1).amax(-1)[..., None, None]
     identity = torch.eye(n, dtype=a.dtype, device=a.device)
     a = a / bound
     x = identity.expand_as(a)
     best = float("inf")
     iterations = 0
-    for iterations in range(1, max_iterations + 1):
+    while iterations < max_iterations:
+        iterations += 1
         defect = identity - a @ x
         residual = float(torch.linalg.matrix_norm(defect).max()) / n**0.5
         if not residual < 4.0:  # diverged, or NaN
@@ -176,11 +177,11 @@ def newton_schulz_inverse(
         x = x + x @ defect
         if residual <= eps:
             break
-    if not best <= tolerance:
+    if not best <= target:
         raise ConvergenceError(
-            f"Newton–Schulz inversion of shape {tuple(matrix.shape)} ended with ‖I − A X‖ = {best:.3g} after {iterations} "
-            f"iterations (tolerance {tolerance:.3g}). The matrix is indefinite, not finite or too ill-conditioned for "
-            f"{a.dtype}: use more damping, more iterations, or Cholesky."
+            f"Newton–Schulz inversion of shape {tuple(matrix.shape)} ended with ‖I − A X‖ = {best:.3g} after "
+            f"{iterations} iterations (tolerance {target:.3g}). The matrix is indefinite, not finite or too "
+            f"ill-conditioned for {a.dtype}: use more damping, more iterations, or Cholesky."
         )
     return symmetrise(x) / bound, SolveReport("newton_schulz", iterations=iterations, residual=best)
 

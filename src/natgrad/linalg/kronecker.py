@@ -1,7 +1,7 @@
 """Kronecker-factored matrices: the product of two factors, and a diagonal in a Kronecker eigenbasis.
 
-Both act on the row-major vec of a matrix X [p, q]: (L ⊗ R) vec(X) = vec(L X Rᵀ). A leading ``stack`` of factors makes the
-operator block diagonal over the stack, so that equal shapes share batched matrix products.
+Both act on the row-major vec of a matrix X [p, q]: (L ⊗ R) vec(X) = vec(L X Rᵀ). A leading ``stack`` of factors makes
+the operator block diagonal over the stack, so that equal shapes share batched matrix products.
 """
 
 from __future__ import annotations

@@ -101,9 +101,10 @@ class LowRankMatrix(LinearOperator):
     def _plus(self, other: LinearOperator) -> LinearOperator | None:
         if isinstance(other, DiagonalMatrix):
             return DiagonalPlusLowRank(other.diag, self.root)
-        if isinstance(other, LowRankMatrix) and isinstance(self.root, Tensor) and isinstance(other.root, Tensor):
-            if self.rank + other.rank <= self.shape[0]:
-                return LowRankMatrix(torch.cat([self.root, other.root], dim=1))
+        if not isinstance(other, LowRankMatrix) or self.rank + other.rank > self.shape[0]:
+            return None
+        if isinstance(self.root, Tensor) and isinstance(other.root, Tensor):
+            return LowRankMatrix(torch.cat([self.root, other.root], dim=1))
         return None
 
     def _scaled(self, scale: float | Tensor) -> LinearOperator | None:
@@ -115,8 +116,8 @@ class LowRankMatrix(LinearOperator):
     def tensors(self) -> dict[str, Tensor]:
         if not isinstance(self.root, Tensor):
             raise UnsupportedError(
-                "A LowRankMatrix whose root is an operator cannot be saved as tensors. Save what the root is made of, or "
-                "make it dense first: LowRankMatrix(root.to_dense())."
+                "A LowRankMatrix whose root is an operator cannot be saved as tensors. Save what the root is made of, "
+                "or make it dense first: LowRankMatrix(root.to_dense())."
             )
         return {"root": self.root}
 
@@ -128,8 +129,8 @@ class LowRankMatrix(LinearOperator):
 class WoodburyInverse(LinearOperator):
     """(U Uᵀ + λI)⁻¹ = (I − U (λI + UᵀU)⁻¹ Uᵀ) / λ; ``factor`` is the Cholesky factor of λI + UᵀU.
 
-    For λ far below ‖U‖² the subtraction cancels what lies in the range of U. There Uᵀx = (λI + UᵀU)⁻¹Uᵀb must hold; each
-    of the ``corrections`` restores it (a step of iterative refinement restricted to the range).
+    For λ far below ‖U‖² the subtraction cancels what lies in the range of U. There Uᵀx = (λI + UᵀU)⁻¹Uᵀb must hold;
+    each of the ``corrections`` restores it (a step of iterative refinement restricted to the range).
     """
 
     def __init__(
@@ -204,8 +205,8 @@ class DiagonalPlusLowRank(LinearOperator):
         damped = self.diag + damping
         if not bool(((damped > 0) & torch.isfinite(damped)).all()):
             raise NotPositiveDefiniteError(
-                f"The diagonal of a diagonal plus low-rank matrix (with damping {float(damping):.3g} added) must be finite "
-                f"and positive, but its smallest entry is {float(damped.min()):.3g}. Use more damping, or "
+                f"The diagonal of a diagonal plus low-rank matrix (with damping {float(damping):.3g} added) must be "
+                f"finite and positive, but its smallest entry is {float(damped.min()):.3g}. Use more damping, or "
                 "solver=Cholesky()."
             )
         scale = damped.rsqrt()

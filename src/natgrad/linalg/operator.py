@@ -51,8 +51,8 @@ def is_scalar(value: object) -> bool:
 class SolveReport:
     """How an inverse was obtained.
 
-    ``residual`` is relative (‖b − A x‖ / ‖b‖, the largest over a batch) where the method measures one, ``jitter`` is what
-    was added to the diagonal beyond the requested damping to make the factorisation succeed.
+    ``residual`` is relative (‖b − A x‖ / ‖b‖, the largest over a batch) where the method measures one, ``jitter`` is
+    what was added to the diagonal beyond the requested damping to make the factorisation succeed.
     """
 
     method: str
@@ -103,7 +103,7 @@ class LinearOperator(ABC):
             return self.matvec(v)
         v = self._vector(v, self.shape[0], "rmatvec")
         origin = torch.zeros(*v.shape[:-1], self.shape[1], dtype=v.dtype, device=v.device)
-        _, pullback = torch.func.vjp(self.matvec, origin)
+        pullback = torch.func.vjp(self.matvec, origin)[1]
         return pullback(v)[0]
 
     def _vector(self, v: Tensor, size: int, where: str) -> Tensor:

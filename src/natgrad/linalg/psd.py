@@ -6,8 +6,11 @@ The failure ladder of both factorisations: as given -> symmetrised, with a littl
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 from natgrad.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 
@@ -112,9 +115,9 @@ def damped_eigenvalues(eigenvalues: Tensor, damping: float | Tensor, dims: int =
     if not bool(good.all()):
         _require_finite(damped, "Inversion through eigenvalues")
         raise NotPositiveDefiniteError(
-            f"A matrix that must be positive definite has eigenvalues (with damping {float(damping):.3g} added) between "
-            f"{float(low.min()):.3g} and {float(top.max()):.3g}. It is singular at zero, or indefinite as a Hessian can "
-            f"be. Use damping above {max(-float((low - damping).min()), 0.0):.3g}."
+            f"A matrix that must be positive definite has eigenvalues (with damping {float(damping):.3g} added) from "
+            f"{float(low.min()):.3g} to {float(top.max()):.3g}. It is zero, or indefinite as a Hessian can be. "
+            f"Use damping above {max(-float((low - damping).min()), 0.0):.3g}."
         )
     floored = torch.maximum(damped, eps * top)
     return floored, (floored - damped).max()
@@ -163,14 +166,12 @@ def _cholesky_ladder(damped: Tensor, factor: Tensor, good: Tensor) -> tuple[Tens
 
 def _cholesky_message(damped: Tensor, tried: Tensor, good: Tensor) -> str:
     worst = "unknown"
-    try:
+    with contextlib.suppress(RuntimeError):  # the message is still useful without it
         worst = f"{float(torch.linalg.eigvalsh(symmetrise(damped.double())).min()):.3g}"
-    except RuntimeError:
-        pass  # The message is still useful without it.
     failed = int((~good).sum())
     return (
-        f"{failed} of {good.numel()} matrices of shape {tuple(damped.shape[-2:])} could not be Cholesky factorised, not "
-        f"even in float64 with {float(tried.max()):.3g} added to the diagonal; the smallest eigenvalue (damping "
+        f"{failed} of {good.numel()} matrices of shape {tuple(damped.shape[-2:])} could not be Cholesky factorised, "
+        f"not even in float64 with {float(tried.max()):.3g} added to the diagonal; the smallest eigenvalue (damping "
         f"included) is {worst}. The matrix is indefinite (a Hessian away from a minimum, an asymmetric or corrupted "
         "factor) or damping is far too small for it. Use more damping than the magnitude of that eigenvalue, or a "
         "positive semidefinite metric such as the Fisher."
@@ -191,7 +192,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _is_numerical(error: RuntimeError) -> bool:
     """Whether a linear algebra back end gave up on the numbers (as opposed to running out of memory, say)."""
-    if isinstance(error, torch.linalg.LinAlgError):
+    if isinstance(error, LinAlgError):
         return True
     text = str(error).lower()
     return any(word in text for word in ("cusolver", "magma", "rocsolver", "failed to converge"))

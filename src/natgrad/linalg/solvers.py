@@ -15,7 +15,7 @@ from natgrad.linalg.iterations import conjugate_gradient, newton_schulz_inverse
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
 from natgrad.linalg.psd import add_diagonal, safe_cholesky, safe_eigh, working_dtype
 
-# Above this size a dense factorisation is refused: 20 000² float32 numbers are 1.6 GB, and the work grows with the cube.
+# Above this size a dense factorisation is refused: 20 000² float32 numbers are 1.6 GB, and work grows with the cube.
 MAX_DENSE = 20_000
 
 
@@ -47,14 +47,14 @@ class Eigh:
     """Eigendecomposition; about ten times the cost of Cholesky, but it also serves singular matrices.
 
     Eigenvalues of A + λI below ``floor`` times the largest are raised to it. ``floor=None`` raises only what rounding
-    spoils (eps times the largest) and refuses a matrix with materially negative eigenvalues; an explicit floor accepts it.
+    spoils (eps times the largest) and refuses a matrix with materially negative eigenvalues; an explicit one takes it.
     """
 
     floor: float | None = None
 
     def __post_init__(self) -> None:
         if self.floor is not None and not 0.0 < self.floor < 1.0:
-            raise ArgumentError(f"floor is relative to the largest eigenvalue and must lie in (0, 1), got {self.floor}.")
+            raise ArgumentError(f"floor is relative to the largest eigenvalue and must be in (0, 1), got {self.floor}.")
 
     def __call__(self, operator: LinearOperator, damping: float | Tensor = 0.0) -> Inverse:
         damping = check_damping(damping)
@@ -69,8 +69,8 @@ class Eigh:
         lowest = self.floor * damped.max()
         if not bool(lowest > 0):
             raise NotPositiveDefiniteError(
-                f"Eigh: the largest eigenvalue (with damping {float(damping):.3g} added) is {float(damped.max()):.3g}, so "
-                "that no floor relative to it is positive. The matrix is zero or negative: use damping."
+                f"Eigh: the largest eigenvalue (with damping {float(damping):.3g} added) is {float(damped.max()):.3g}, "
+                "so that no floor relative to it is positive. The matrix is zero or negative: use damping."
             )
         raised = torch.maximum(damped, lowest)
         return Inverse(EigenMatrix(basis, 1.0 / raised), SolveReport("eigh", jitter=(raised - damped).max()))
@@ -100,8 +100,8 @@ class LU:
 class CG:
     """Conjugate gradients: needs only products with A. See ``conjugate_gradient`` for the stopping rule.
 
-    ``tolerance`` is relative to ‖b‖; ``preconditioner`` acts as an approximate inverse of A + λI; ``strict`` makes a missed
-    tolerance an error. ``report`` of the result is that of its latest solve.
+    ``tolerance`` is relative to ‖b‖; ``preconditioner`` acts as an approximate inverse of A + λI; ``strict`` makes a
+    missed tolerance an error. ``report`` of the result is that of its latest solve.
     """
 
     tolerance: float = 1e-10
