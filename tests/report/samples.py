@@ -132,7 +132,10 @@ def failing(c: Comparison, optimizer: str, seeds: tuple[int, ...] | None = None,
         if run.optimizer == optimizer and (seeds is None or run.seed in seeds):
             run = dataclasses.replace(
                 run,
-                **{f: getattr(run, f)[:at] for f in ("seconds_per_step", "seconds", "train_loss", "kl_measured", "kl_predicted")},
+                **{
+                    f: getattr(run, f)[:at]
+                    for f in ("seconds_per_step", "seconds", "train_loss", "kl_measured", "kl_predicted")
+                },
                 evaluations=tuple(e for e in run.evaluations if e.step < at),
                 failure=f"the loss became NaN at step {at}",
             )

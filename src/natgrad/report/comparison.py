@@ -14,7 +14,7 @@ import numpy as np
 
 from natgrad.errors import ArgumentError, MissingExtraError
 from natgrad.report import pictures, svg, theme, words
-from natgrad.report.svg import number
+from natgrad.report.svg import grouped, number
 from natgrad.report.theme import Style
 from natgrad.tasks.results import Comparison, SummaryRow, Tuning
 
@@ -143,16 +143,16 @@ def _cell(row: SummaryRow, column: Column, best: float | None) -> Cell:
     if value is None or not math.isfinite(value):
         missing = "not reached" if column.key.endswith("to_target") else "–"
         return Cell("", missing)
-    shown = number(value, 4)
+    shown = number(value, 3 if column.key == "kl_per_update" else 4)
     if column.key == "seconds_per_step":
         shown = number(value * 1e3)
     elif column.key.endswith("_bytes"):
         divisor, unit = pictures.bytes_unit(value)
         shown = f"{number(value / divisor)} {unit}"
     elif column.key in ("steps", "steps_to_target"):
-        shown = f"{value:,.0f}".replace(",", " ") if value % 1 == 0 else number(value, 4)
+        shown = grouped(int(value)) if value % 1 == 0 else number(value, 4)
     elif column.key == "lr":
-        shown = f"{value:.4g}" + (" (tuned)" if row.tuned else "")
+        shown = f"{value:.4g}"
     elif column.key == "cost_ratio":
         shown = f"{number(value)}×"
     if column.key.endswith("to_target") and row.reached < row.runs:
@@ -163,7 +163,11 @@ def _cell(row: SummaryRow, column: Column, best: float | None) -> Cell:
 def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
     """Settings, task, optimizers and machine as titled lists of (name, value)."""
     task, settings, machine = comparison.task, comparison.settings, comparison.machine
-    limit = f"{number(settings.budget_seconds)} s of training" if settings.budget_seconds is not None else f"{settings.steps} steps"
+    limit = (
+        f"{number(settings.budget_seconds)} s of training"
+        if settings.budget_seconds is not None
+        else f"{settings.steps} steps"
+    )
     target = comparison.target
     return [
         (
@@ -172,10 +176,10 @@ def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("name", task.name),
                 ("likelihood", task.likelihood),
                 ("test metric", f"{task.metric} ({'higher' if task.metric_higher_is_better else 'lower'} is better)"),
-                ("training rows", f"{task.train_rows:,}"),
-                ("test rows", f"{task.test_rows:,}"),
-                ("parameters", f"{task.parameters:,}"),
-                ("batch size", f"{task.batch_size:,}"),
+                ("training rows", grouped(task.train_rows)),
+                ("test rows", grouped(task.test_rows)),
+                ("parameters", grouped(task.parameters)),
+                ("batch size", grouped(task.batch_size)),
             ],
         ),
         (
@@ -183,7 +187,7 @@ def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
             [
                 ("limit per run", limit),
                 ("seeds", ", ".join(str(seed) for seed in settings.seeds) or "none"),
-                ("rows per evaluation", f"at most {settings.evaluation_rows:,} of each set"),
+                ("rows per evaluation", f"at most {grouped(settings.evaluation_rows)} of each set"),
                 ("learning rates", "tuned on the grid below" if settings.tuning else "each optimizer's default"),
                 ("target", f"training loss {number(target.train_loss, 5)}: {target.source}" if target else "none"),
             ],
@@ -254,7 +258,7 @@ def _named(sentence: str, looks: Mapping[str, Style]) -> Any:
     names = "|".join(re.escape(name) for name in sorted(escaped, key=len, reverse=True))
 
     def paint(match: re.Match[str]) -> str:
-        return f'<b style="color:var(--s{escaped[match[0]].slot})">{match[0]}</b>'
+        return f'<b style="--c:var(--s{escaped[match[0]].slot})">{match[0]}</b>'
 
     return markupsafe.Markup(re.sub(rf"(?<![\w-])(?:{names})(?![\w-])", paint, safe))
 

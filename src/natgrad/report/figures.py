@@ -62,18 +62,19 @@ def lines(
     x_label: str,
     y_label: str,
     log_x: bool = False,
+    x_offset: float = 0.0,
     log_y: bool = False,
     reference: tuple[float, str] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> Figure:
     """Curves with bands, named at their ends; ``reference`` is a dashed horizontal line with its name.
 
-    ``y_range`` limits the vertical axis; what lies outside is cut off at the frame.
+    ``y_range`` limits the vertical axis; what lies outside is cut off at the frame. With ``log_x`` an ``x_offset`` > 0
+    draws log(1 + x / x_offset), which has room for x = 0.
     """
-    names_width = max((svg.text_width(c.name, 11.5) * 1.08 for c in curves), default=0) + 22
-    right = min(max(names_width, 30), 130)
+    right = _names_margin([c.name for c in curves])
     xs = [v for c in curves for v in c.x] + [v for c in curves for extra in c.extras for v in extra[0]]
-    xs = [v for v in xs if math.isfinite(v) and (v > 0 or not log_x)]
+    xs = [v for v in xs if math.isfinite(v) and (v + x_offset > 0 or not log_x)]
     if not xs:
         return empty(name, title, "No finite values to draw.")
     ys = [v for c in curves for part in (c.middle, c.low, c.high) for v in part]
@@ -81,7 +82,7 @@ def lines(
     low, high = y_range or padded(ys, log=log_y, include=(reference[0],) if reference else ())
     spare = max(xs) > min(xs)
     x_low, x_high = (min(xs), max(xs)) if spare else padded(xs, log=log_x)
-    x = Scale(x_low, x_high, _LEFT, WIDTH - right, log_x)
+    x = Scale(x_low, x_high, _LEFT, WIDTH - right, log_x, x_offset)
     y = Scale(low, high, HEIGHT - _BOTTOM, _TOP, log_y)
     clip = f"clip-{name}"
     frame_box = f'x="{_LEFT - 3}" y="{_TOP - 3}" width="{x.end - _LEFT + 6:.1f}" height="{y.start - _TOP + 6}"'
@@ -95,18 +96,18 @@ def lines(
     if reference is not None:
         at = y(reference[0])
         above = at - 5 if at > _TOP + 18 else at + 14
-        parts.append(svg.text(_LEFT + 4, above, reference[1], "note halo", "start"))
+        parts.append(svg.text(x.end - 3, above, reference[1], "note halo", "end"))
     return Figure(name, title, "".join(parts))
+
+
+def _names_margin(names: Sequence[str]) -> float:
+    """Room for the longest name at the right."""
+    return min(max((svg.text_width(n, 11.5, bold=True) for n in names), default=0) + 24, 170)
 
 
 def _visible(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> list[tuple[float, float]]:
     """Pixel positions of the points that can be drawn."""
-    pairs = zip(xs, ys, strict=True)
-    return [
-        (x(u), y(v))
-        for u, v in pairs
-        if math.isfinite(u) and math.isfinite(v) and (u > 0 or not x.log) and (v > 0 or not y.log)
-    ]
+    return [(x(u), y(v)) for u, v in zip(xs, ys, strict=True) if x.drawable(u) and y.drawable(v)]
 
 
 def _band(curve: Curve, x: Scale, y: Scale) -> str:
@@ -145,10 +146,11 @@ def _end_labels(curves: Sequence[Curve], x: Scale, y: Scale) -> str:
     parts = []
     for (curve, px, py), at in zip(ends, places, strict=True):
         tip = x.end + 12
-        inner = svg.polyline([(px + 4, py), (x.end + 4, at), (tip - 1, at)], "leader")
+        far = "leader far" if x.end - px > 60 else "leader"
+        inner = svg.polyline([(px + 4, py), (x.end + 4, at), (tip - 1, at)], far)
         if curve.middle:
             inner += svg.marker(px, py, curve.style.marker, "dot", 4)
-        inner += svg.text(tip + 1, at + 4, curve.name, "name", "start", ' style="fill:var(--c)"')
+        inner += svg.text(tip + 1, at + 4, curve.name, "name", "start")
         parts.append(coloured(curve.style, inner))
     return "".join(parts)
 
@@ -166,14 +168,21 @@ class Cloud:
 def scatter(name: str, title: str, clouds: Sequence[Cloud], *, x_label: str, y_label: str) -> Figure:
     """Points in log–log axes of equal range, with the diagonal on which both coordinates agree."""
     points = [
-        (c, [(u, v) for u, v in zip(c.x, c.y, strict=True) if math.isfinite(u) and math.isfinite(v) and u > 0 and v > 0])
+        (
+            c,
+            [
+                (u, v)
+                for u, v in zip(c.x, c.y, strict=True)
+                if math.isfinite(u) and math.isfinite(v) and u > 0 and v > 0
+            ],
+        )
         for c in clouds
     ]
     values = [v for _, pairs in points for pair in pairs for v in pair]
     if not values:
         return empty(name, title, "No positive, finite values to draw.")
     low, high = padded(values, log=True)
-    right = min(max((svg.text_width(c.name, 11.5) * 1.08 for c in clouds), default=0) + 24, 130)
+    right = _names_margin([c.name for c in clouds])
     x = Scale(low, high, _LEFT + 8, WIDTH - right, True)
     y = Scale(low, high, HEIGHT - _BOTTOM, _TOP, True)
     parts = [frame(x, y, x_label, y_label), svg.line(x(low), y(low), x(high), y(high), "reference")]
@@ -186,7 +195,7 @@ def scatter(name: str, title: str, clouds: Sequence[Cloud], *, x_label: str, y_l
     for row, cloud in enumerate(shown):
         at = _TOP + 8 + 16 * row
         inner = svg.marker(x.end + 14, at, cloud.style.marker, "dot", 4)
-        inner += svg.text(x.end + 22, at + 4, cloud.name, "name", "start", ' style="fill:var(--c)"')
+        inner += svg.text(x.end + 22, at + 4, cloud.name, "name", "start")
         parts.append(coloured(cloud.style, inner))
     parts.append(svg.text(x(high) - 6, y(high) + 22, "equal", "note halo", "end"))
     return Figure(name, title, "".join(parts))

@@ -101,7 +101,7 @@ def _legend(paths: Sequence[Trajectory]) -> str:
         inner = svg.polyline([(at, 40), (at + 24, 40)], "series", path.dash)
         inner += svg.marker(at + 12, 40, path.marker, "dot", 3.4) + svg.text(at + 30, 44, path.label, "name")
         parts.append(coloured(Style(k, path.slot, path.dash, path.marker), inner))
-        at += 46 + svg.text_width(path.label, 11.5) * 1.1
+        at += 46 + svg.text_width(path.label, 11.5, bold=True)
     return "".join(parts)
 
 

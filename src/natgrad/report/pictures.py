@@ -14,8 +14,14 @@ from natgrad.report.series import Band
 from natgrad.report.svg import number
 from natgrad.tasks.results import Comparison, Run
 
-SEEDS = "Line: median over the seeds; band: lowest to highest seed, drawn as far as all seeds have data."
+Extract = Callable[[Run], tuple[list[float], list[float]]]
+MANY_SEEDS = "Line: median over the seeds; band: lowest to highest seed, drawn as far as all seeds have data."
+ONE_SEED = "One seed, so there is no band."
 CROSS = " A thin line that ends in a cross is a run that failed."
+
+
+def _seeds(comparison: Comparison) -> str:
+    return MANY_SEEDS if len(comparison.settings.seeds) > 1 else ONE_SEED
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
@@ -48,9 +54,9 @@ def pictures(comparison: Comparison) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _curve(name: str, style: Style, runs: tuple[Run, ...], extract: Callable[[Run], tuple], log_x: bool) -> Curve:
+def _curve(name: str, style: Style, runs: tuple[Run, ...], extract: Extract, log_x: bool, offset: float = 0.0) -> Curve:
     """Seeds that ended well as a band, failed ones as thin lines."""
-    whole = series.band([extract(run) for run in runs if run.failure is None], log_x=log_x)
+    whole = series.band([extract(run) for run in runs if run.failure is None], log_x=log_x, offset=offset)
     failed = [_shortened(*extract(run)) for run in runs if run.failure is not None]
     return Curve(name, style, whole.x, whole.middle, whole.low, whole.high, [pair for pair in failed if pair[0]])
 
@@ -79,9 +85,13 @@ def _loss(
     def extract(run: Run) -> tuple[list[float], list[float]]:
         return words.evaluations_of(run.evaluations, x_field), words.evaluations_of(run.evaluations, field)
 
-    ends = [extract(run)[0][-1] for run in comparison.runs if run.evaluations and run.failure is None]
-    log_x = series.spans(ends, 8)
-    curves = [_curve(i.name, looks[i.name], comparison.runs_of(i.name), extract, log_x) for i in comparison.optimizers]
+    whole = [extract(run) for run in comparison.runs if run.evaluations and run.failure is None]
+    log_x = series.spans([x[-1] for x, _ in whole], 12) or series.early(whole)
+    # Zero gets a place on the logarithmic axis: left of the first evaluation after it.
+    offset = min((u for x, _ in whole for u in x if u > 0), default=1.0) if log_x else 0.0
+    curves = [
+        _curve(i.name, looks[i.name], comparison.runs_of(i.name), extract, log_x, offset) for i in comparison.optimizers
+    ]
     curves = [c for c in curves if c.x or c.extras]
     what = label.split(" (")[0] or ("training loss" if field == "train_loss" else "test loss")
     if not curves:
@@ -95,12 +105,12 @@ def _loss(
         y_range = (min(y_range[0], reference[0] * (0.9 if log_y else 1.0)), y_range[1])
     x_label = "update steps" if unit == "steps" else "training time (s)"
     figure = figures.lines(
-        name, title, curves, log_x=log_x, log_y=log_y, reference=reference, y_range=y_range,
+        name, title, curves, log_x=log_x, x_offset=offset, log_y=log_y, reference=reference, y_range=y_range,
         x_label=x_label + (", log scale" if log_x else ""),
         y_label=label or f"mean loss per prediction (nats{', log scale' if log_y else ''})",
     )  # fmt: skip
     bands = {c.name: Band(tuple(c.x), tuple(c.middle), tuple(c.low), tuple(c.high)) for c in curves if c.x}
-    reading = SEEDS + (CROSS if any(c.extras for c in curves) else "") + cut
+    reading = _seeds(comparison) + (CROSS if any(c.extras for c in curves) else "") + cut
     return figure.worded(words.curves(bands, unit, what, higher=higher), reading)
 
 
@@ -138,15 +148,17 @@ def _to_target(comparison: Comparison, looks: Mapping[str, Style], name: str, ti
         if value is not None:
             medians[row.optimizer] = float(value)
         short = f"{len(points)} of {len(runs)} seeds" if len(points) < len(runs) else ""
-        note = "not reached" if not points else ", ".join(filter(None, [number(value) if value is not None else "", short]))
+        shown = "" if value is None else words.amount(float(value), unit).removesuffix(" steps").removesuffix(" s")
+        note = ", ".join(filter(None, [shown, short])) if points else "not reached"
         rows.append(Bar(row.optimizer, looks[row.optimizer], value, points, note=note))
     figure = figures.bars(name, title, rows, x_label="update steps" if unit == "steps" else "training time (s)")
     goal = f"training loss {number(target.train_loss)}"
-    caption = words.to_target(comparison.summary, unit, medians, goal)
-    reading = (
-        f"Bar: median over seeds; circles: single seeds, at the first evaluation at or below the target ({target.source})."
-        " No bar: not reached in most seeds."
-    )
+    caption = words.to_target(comparison.summary, unit, medians, goal, len(comparison.settings.seeds))
+    counted = f"at the first evaluation at or below the target ({target.source})"
+    if len(comparison.settings.seeds) > 1:
+        reading = f"Bar: median over seeds; circles: single seeds, {counted}. No bar: not reached in most seeds."
+    else:
+        reading = f"One seed, {counted}."
     return figure.worded(caption, reading)
 
 
@@ -175,7 +187,9 @@ def _kl(comparison: Comparison, looks: Mapping[str, Style]) -> Figure:
         y_label="mean KL(old ‖ new) per prediction (nats, log scale)",
     )  # fmt: skip
     missing = [info.name for info in comparison.optimizers if info.name not in medians]
-    reading = "How far one update moves the model's predictions, as medians over windows of steps. " + SEEDS
+    reading = "How far one update moves the model's predictions, as medians over windows of steps. " + _seeds(
+        comparison
+    )
     reading += f" Not measured: {words.listed(missing)}." if missing else ""
     return figure.worded(words.kl(medians), reading)
 
@@ -214,30 +228,32 @@ def _agreement(comparison: Comparison, looks: Mapping[str, Style], most: int = 2
 def _cost(comparison: Comparison, looks: Mapping[str, Style]) -> Figure:
     """Step time over that of the cheapest optimizer."""
     name, title = "step-cost", "Cost of one step"
-    reference = series.cheapest(comparison)
-    if reference is None:
+    found = series.cheapest(comparison)
+    if found is None:
         return figures.empty(name, title, "No step was timed.").worded("No step was timed.")
-    unit = series.median_time(comparison, reference)
+    reference, unit = found
+    ratios = {row.optimizer: row.cost_ratio for row in comparison.summary}
     rows, medians, means = [], {}, {}
     for info in comparison.optimizers:
         times = series.finite([t for run in comparison.runs_of(info.name) for t in run.seconds_per_step]) / unit
         if not len(times):
             continue
         low, middle, high = (float(q) for q in np.quantile(times, (0.1, 0.5, 0.9)))
+        middle = ratios.get(info.name) or middle
         medians[info.name], means[info.name] = middle, float(times.mean())
         rows.append(Interval(info.name, looks[info.name], low, middle, high, means[info.name], f"{number(middle)}×"))
     figure = figures.intervals(
-        name, title, rows, x_label=f"time of one step ÷ median step of {reference}", one=f"{reference}, {_duration(unit)}"
+        name,
+        title,
+        rows,
+        x_label=f"time of one step ÷ median step of {reference}",
+        one=f"{reference}, {words.duration(unit)}",
     )
     reading = (
         "Mark: median step; bar: from the 10 % fastest to the 10 % slowest steps; upright line: mean, which counts the "
         "occasional refresh of the curvature at its full price."
     )
-    return figure.worded(words.cost(medians, means, reference), reading)
-
-
-def _duration(seconds: float) -> str:
-    return f"{number(seconds)} s" if seconds >= 1 else f"{number(seconds * 1e3)} ms"
+    return figure.worded(words.cost(medians, means, reference, unit), reading)
 
 
 def _memory(comparison: Comparison, looks: Mapping[str, Style]) -> Figure:

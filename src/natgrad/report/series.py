@@ -29,7 +29,7 @@ class Band:
         return float(np.interp(x, self.x, self.middle))
 
 
-def band(seeds: Sequence[tuple[Sequence[float], Sequence[float]]], *, log_x: bool = False) -> Band:
+def band(seeds: Sequence[tuple[Sequence[float], Sequence[float]]], *, log_x: bool = False, offset: float = 0.0) -> Band:
     """Seeds as (x, y), x ascending, brought to common x values by linear interpolation where all of them have data."""
     cleaned = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in seeds]
     kept = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in cleaned]
@@ -42,8 +42,8 @@ def band(seeds: Sequence[tuple[Sequence[float], Sequence[float]]], *, log_x: boo
     grid = np.unique(np.concatenate([x for x, _ in kept]))
     grid = np.unique(np.concatenate([[start], grid[(grid >= start) & (grid <= end)], [end]]))
     if log_x:
-        grid = grid[grid > 0]
-    grid = _thinned(grid, log_x)
+        grid = grid[grid + offset > 0]
+    grid = _thinned(grid, log_x, offset)
     if not len(grid):
         return Band()
     values = np.stack([np.interp(grid, x, y) for x, y in kept])
@@ -55,11 +55,11 @@ def band(seeds: Sequence[tuple[Sequence[float], Sequence[float]]], *, log_x: boo
     )
 
 
-def _thinned(grid: np.ndarray, log: bool) -> np.ndarray:
+def _thinned(grid: np.ndarray, log: bool, offset: float) -> np.ndarray:
     """At most MAX_POINTS of the values, evenly spread along the axis, the first and last among them."""
     if len(grid) <= MAX_POINTS:
         return grid
-    axis = np.log(grid) if log else grid
+    axis = np.log(grid + offset) if log else grid
     wanted = np.linspace(axis[0], axis[-1], MAX_POINTS)
     return grid[np.unique(np.clip(np.searchsorted(axis, wanted), 0, len(grid) - 1))]
 
@@ -99,17 +99,26 @@ def arrival(run: Run, target: float) -> tuple[float, float]:
     return math.inf, math.inf
 
 
-def median_time(comparison: Comparison, optimizer: str) -> float:
-    """Median seconds of one step over all seeds; NaN when no step was made."""
-    times = finite([t for run in comparison.runs_of(optimizer) for t in run.seconds_per_step])
-    return float(np.median(times)) if len(times) else math.nan
+def cheapest(comparison: Comparison) -> tuple[str, float] | None:
+    """(name, median seconds of one step) of the optimizer with the cheapest step, the reference of all cost ratios."""
+    known = [(row.optimizer, row.seconds_per_step) for row in comparison.summary if row.seconds_per_step]
+    return min(known, key=lambda pair: pair[1]) if known else None
 
 
-def cheapest(comparison: Comparison) -> str | None:
-    """The optimizer with the smallest median step time, the reference of all cost ratios."""
-    times = {info.name: median_time(comparison, info.name) for info in comparison.optimizers}
-    known = [name for name, time in times.items() if time > 0]
-    return min(known, key=lambda name: times[name]) if known else None
+def early(seeds: Sequence[tuple[Sequence[float], Sequence[float]]], part: float = 0.05) -> bool:
+    """Whether some seed does most (80 %) of its change in the first ``part`` of the longest axis: then a linear axis
+    squeezes what matters into its edge.
+    """
+    longest = max((x[-1] for x, _ in seeds if len(x)), default=0.0)
+    for x, y in seeds:
+        values = np.asarray(y, dtype=float)
+        if len(values) < 4 or not np.isfinite(values).all():
+            continue
+        change = np.abs(values - values[0])
+        done = int(np.argmax(change >= 0.8 * change.max()))
+        if change.max() > 0 and x[done] < part * longest:
+            return True
+    return False
 
 
 def spans(values: Sequence[float], factor: float) -> bool:

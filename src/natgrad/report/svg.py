@@ -18,24 +18,41 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps data in [low, high] to pixels in [start, end], linearly or in the logarithm."""
+    """Maps data in [low, high] to pixels in [start, end], linearly or in the logarithm.
+
+    With ``offset`` > 0 the logarithm is that of 1 + value / offset, so that zero has a place.
+    """
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    offset: float = 0.0
+
+    def drawable(self, value: float) -> bool:
+        """Whether the value has a place on this axis."""
+        return math.isfinite(value) and (not self.log or value + self.offset > 0)
+
+    def _inner(self, value: float) -> float:
+        if not self.log:
+            return value
+        return math.log10(value + self.offset) if value + self.offset > 0 else -math.inf
 
     def __call__(self, value: float) -> float:
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
-        at = (math.log10(value) if value > 0 else -math.inf) if self.log else value
+        low, high, at = self._inner(self.low), self._inner(self.high), self._inner(value)
         fraction = (at - low) / (high - low) if high > low else 0.5
         # Far outside the frame the exact position does not matter, but renderers dislike huge coordinates.
         return self.start + min(max(fraction, -2.0), 3.0) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
         """Round values inside the range, about ``count`` of them."""
-        return log_ticks(self.low, self.high, count) if self.log else linear_ticks(self.low, self.high, count)
+        if not self.log:
+            return linear_ticks(self.low, self.high, count)
+        if not self.offset:
+            return log_ticks(self.low, self.high, count)
+        start = max(self.low, self.offset)
+        return [0.0] * (self.low <= 0) + (log_ticks(start, self.high, count) if self.high > start else [self.high])
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -67,7 +84,9 @@ def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return linear_ticks(low, high, 3)
 
 
-def padded(values: Iterable[float], *, log: bool, pad: float = 0.05, include: Sequence[float] = ()) -> tuple[float, float]:
+def padded(
+    values: Iterable[float], *, log: bool, pad: float = 0.05, include: Sequence[float] = ()
+) -> tuple[float, float]:
     """The range of the finite values (positive ones when ``log``), widened a little; (0, 1) or (0.1, 1) when empty."""
     kept = [v for v in (*values, *include) if math.isfinite(v) and (v > 0 or not log)]
     if not kept:
@@ -101,12 +120,17 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
-    size = abs(value)
+    size = abs(float(f"{value:.{digits - 1}e}"))
     if 1e-4 <= size < 1e6:
         decimals = max(0, digits - 1 - math.floor(math.log10(size)))
-        return f"{value:,.{decimals}f}".replace(",", " ").replace("-", "−")
+        return f"{value:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPT)}".replace("-", "−")
+
+
+def grouped(value: int) -> str:
+    """An integer with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u202f")
 
 
 def text(x: float, y: float, words: str, cls: str = "tick", anchor: str = "start", extra: str = "") -> str:
@@ -167,6 +191,7 @@ def attribute(words: str) -> str:
     return quoteattr("".join(c if ord(c) >= 32 else " " for c in words))
 
 
-def text_width(words: str, size: float) -> float:
-    """A guess at the width of a system sans-serif text, good enough to lay labels out."""
-    return size * sum(0.3 if c in "iljtf.,:;|' 1" else 0.85 if c in "mwMW" else 0.66 if c.isupper() else 0.55 for c in words)
+def text_width(words: str, size: float, *, bold: bool = False) -> float:
+    """A generous guess at the width of a system sans-serif text, good enough to lay labels out."""
+    widths = (0.36 if c in "iljtf.,:;|' " else 0.95 if c in "mwMW" else 0.7 if c.isupper() else 0.62 for c in words)
+    return size * sum(widths) * (1.1 if bold else 1.0)

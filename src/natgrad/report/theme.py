@@ -64,10 +64,11 @@ def styles(names: Sequence[str], natural: Mapping[str, bool] | None = None) -> d
     result = {}
     for index, name in enumerate(names):
         solid = natural is None or natural.get(name, True)
-        turn = seen.get((chosen[name], solid), 0)
-        seen[chosen[name], solid] = turn + 1
-        dashes = _DASHES[solid]
-        result[name] = Style(index, chosen[name], dashes[turn % len(dashes)], MARKERS[index % len(MARKERS)])
+        slot, dashes = chosen[name], _DASHES[solid]
+        turn = seen.get((slot, solid), 0)
+        seen[slot, solid] = turn + 1
+        repeat = turn + seen.get((slot, not solid), 0)
+        result[name] = Style(index, slot, dashes[turn % len(dashes)], MARKERS[(slot + repeat) % len(MARKERS)])
     return result
 
 
@@ -95,13 +96,14 @@ svg.figure text{fill:var(--ink);font-size:11.5px}
 svg.figure .tick{fill:var(--muted);font-size:11px;font-variant-numeric:tabular-nums}
 svg.figure .axis{fill:var(--ink);font-size:12px}
 svg.figure .panel-title{font-size:13px;font-weight:600}
-svg.figure .name{font-size:11.5px;font-weight:600}
+svg.figure .name{font-size:11.5px;font-weight:600;fill:var(--c);fill:color-mix(in srgb,var(--c) 72%,var(--ink))}
 svg.figure .note{fill:var(--muted);font-size:11px}
 svg.figure .empty{fill:var(--muted);font-size:13px}
 svg.figure .grid{stroke:var(--grid);stroke-width:1}
 svg.figure .frame{stroke:var(--muted);stroke-width:1;fill:none}
 svg.figure .reference{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:3 3;fill:none;opacity:.75}
 svg.figure .leader{stroke:var(--c);stroke-width:.8;opacity:.6;fill:none}
+svg.figure .far{opacity:.4;stroke-dasharray:1 2}
 svg.figure .series{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round;stroke-linecap:butt}
 svg.figure .thin{stroke:var(--c);stroke-width:1;fill:none;opacity:.75}
 svg.figure .band{fill:var(--c);opacity:.16;stroke:none}

@@ -17,13 +17,15 @@ def summary(comparison: Comparison) -> list[str]:
     """Two to four sentences: who was first by steps, who by seconds, the test result, and what failed."""
     if all(not run.evaluations for run in comparison.runs):
         reason = next((run.failure for run in comparison.runs if run.failure), None)
-        return ["No run was evaluated, so there is nothing to compare." + (f" First reason: {reason}" if reason else "")]
-    sentences = _race(comparison) + [_test(comparison), _failures(comparison)]
+        return [
+            "No run was evaluated, so there is nothing to compare." + (f" First reason: {reason}" if reason else "")
+        ]
+    last = [_test(comparison), _failures(comparison)]
     if len(comparison.settings.seeds) == 1 and len(comparison.optimizers) > 1:
-        sentences.append("There is one seed only, so small differences may be chance.")
+        last.append("There is one seed only, so small differences may be chance.")
     if comparison.interrupted:
-        sentences.append("The comparison was interrupted: runs after that are missing.")
-    return [s for s in sentences if s]
+        last.append("The comparison was interrupted: runs after that are missing.")
+    return [s for s in (*_race(comparison), " ".join(filter(None, last))) if s]
 
 
 def _race(comparison: Comparison) -> list[str]:
@@ -31,51 +33,68 @@ def _race(comparison: Comparison) -> list[str]:
     if target is None:
         return _final_losses(comparison)
     goal = f"training loss {number(target.train_loss)}"
-    arrivals = {
-        row.optimizer: (row.steps_to_target, row.seconds_to_target)
-        for row in comparison.summary
-        if row.steps_to_target is not None and row.seconds_to_target is not None
-    }
-    if not arrivals:
-        return [f"No optimizer reached the target, {goal} ({target.source}), in most of its seeds.", *_final_losses(comparison)]
-    steps = {name: float(pair[0]) for name, pair in arrivals.items() if pair[0] is not None}
-    seconds = {name: float(pair[1]) for name, pair in arrivals.items() if pair[1] is not None}
+    rows = comparison.summary
+    steps = {row.optimizer: float(row.steps_to_target) for row in rows if row.steps_to_target is not None}
+    seconds = {row.optimizer: float(row.seconds_to_target) for row in rows if row.seconds_to_target is not None}
+    if not steps or not seconds:
+        return [
+            f"No optimizer reached the target, {goal} ({target.source}), in most of its seeds.",
+            *_final_losses(comparison),
+        ]
+    if len(comparison.optimizers) == 1:
+        name, needed = (
+            next(iter(steps)),
+            f"{amount(min(steps.values()), 'steps')} and {amount(min(seconds.values()), 'seconds')}",
+        )
+        return [
+            f"{name} reached the target, {goal} ({target.source}), after {needed}. It ran alone: nothing to compare with."
+        ]
     by_steps = _winner(comparison, steps, 0, "steps", f"reached the target, {goal} ({target.source}), after")
-    by_seconds = _winner(comparison, seconds, 1, "seconds", "reached it after")
-    late = [info.name for info in comparison.optimizers if info.name not in arrivals]
-    rest = f"Not in most of its seeds: {listed(late)}." if late else ""
-    return [by_steps, by_seconds, rest]
+    by_seconds = _winner(comparison, seconds, 1, "seconds", "got there after")
+    seeds = len(comparison.settings.seeds)
+    late = [info.name for info in comparison.optimizers if info.name not in steps]
+    rest = f" {listed(late)} did not reach it{_mostly(seeds)}." if late and len(steps) > 1 else ""
+    return [by_steps, by_seconds + rest]
 
 
 def _winner(comparison: Comparison, medians: Mapping[str, float], which: int, unit: str, reached: str) -> str:
     """'By steps, kfac was first: …', with the runner-up, the best natural gradient if it lost, and seed overlap."""
     ranking = sorted(medians, key=lambda name: medians[name])
     first, value = ranking[0], medians[ranking[0]]
+    families = {info.name: info.family for info in comparison.optimizers}
+    own = next((name for name in ranking if families.get(name) == "natgrad"), None)
+    lost = families.get(first) != "natgrad" and "natgrad" in families.values()
     seeds = len(comparison.runs_of(first))
     over = f" (median of {seeds} seeds)" if seeds > 1 else ""
     head = f"By {unit}, {first} was first: it {reached} {amount(value, unit)}{over}"
     if len(ranking) == 1:
-        return head + ("." if len(comparison.optimizers) == 1 else ", and nothing else arrived.")
+        return f"{head}, and no other optimizer did{_mostly(seeds)}."
     second = ranking[1]
-    head += f", against {amount(medians[second], unit)} of {second}{_factor(medians[second], value)}"
+    also = ", the best natural gradient" if lost and second == own else ""
+    head += f", against {amount(medians[second], unit)} of {second}{also}{_factor(medians[second], value, unit)}"
     if _overlap(comparison, first, second, which):
-        head += "; their seeds overlap, so the order is not settled"
-    families = {info.name: info.family for info in comparison.optimizers}
-    if families.get(first) != "natgrad":
-        own = next((name for name in ranking if families.get(name) == "natgrad"), None)
-        if own is None and "natgrad" in families.values():
-            head += "; no natural-gradient method arrived"
-        elif own is not None and own != second:
-            head += f"; the best natural gradient, {own}, took {amount(medians[own], unit)}{_factor(medians[own], value)}"
+        head += "; their seeds overlap, so the order of these two is not settled"
+    if lost and own is None:
+        head += f"; no natural-gradient method did{_mostly(seeds)}"
+    elif lost and own is not None and own != second:
+        head += (
+            f"; the best natural gradient, {own}, took {amount(medians[own], unit)}{_factor(medians[own], value, unit)}"
+        )
     return head + "."
 
 
-def _factor(larger: float, smaller: float) -> str:
-    return f" ({number(larger / smaller)} times as many)" if smaller > 0 and larger / smaller >= 1.005 else ""
+def _factor(larger: float, smaller: float, unit: str) -> str:
+    if not smaller > 0 or larger / smaller < 1.005:
+        return ""
+    return f" ({number(larger / smaller)} times as {'long' if unit == 'seconds' else 'many'})"
+
+
+def _mostly(seeds: int) -> str:
+    return " in most seeds" if seeds > 1 else ""
 
 
 def _overlap(comparison: Comparison, first: str, second: str, which: int) -> bool:
-    """Whether the slowest seed of the first was later than the quickest of the second."""
+    """Whether the slowest seed of the first was no earlier than the quickest of the second."""
     if comparison.target is None:
         return False
     target = comparison.target.train_loss
@@ -92,7 +111,10 @@ def _final_losses(comparison: Comparison) -> list[str]:
     rows = sorted(rows, key=lambda row: row.train_loss or 0.0)
     text = f"{rows[0].optimizer} ended with the lowest training loss, {number(rows[0].train_loss)}"
     if len(rows) > 1:
-        text += f", before {rows[1].optimizer} with {number(rows[1].train_loss)}"
+        best, second = apart(rows[0].train_loss or 0.0, rows[1].train_loss or 0.0)
+        text = (
+            f"{rows[0].optimizer} ended with the lowest training loss, {best}, before {rows[1].optimizer} with {second}"
+        )
         families = {info.name: info.family for info in comparison.optimizers}
         own = next((r for r in rows if families.get(r.optimizer) == "natgrad"), None)
         if own is not None and own not in rows[:2]:
@@ -132,6 +154,17 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else ""
 
 
+def duration(seconds: float) -> str:
+    """A short time in seconds or milliseconds."""
+    return f"{number(seconds)} s" if seconds >= 1 else f"{number(seconds * 1e3)} ms"
+
+
+def apart(one: float, other: float) -> tuple[str, str]:
+    """Both numbers with as many digits, 3 to 6, as it takes to tell them apart."""
+    shown = [(number(one, digits), number(other, digits)) for digits in range(3, 7)]
+    return next((pair for pair in shown if pair[0] != pair[1]), shown[0])
+
+
 def amount(value: float, unit: str) -> str:
     """'40 steps', '1.34 s'."""
     return f"{number(value)} s" if unit == "seconds" else f"{number(value) if value % 1 else f'{value:.0f}'} steps"
@@ -148,28 +181,34 @@ def curves(bands: Mapping[str, Band], unit: str, what: str, *, higher: bool = Fa
     ends = sorted(known, key=lambda name: -known[name].middle[-1] if higher else known[name].middle[-1])
     best_end = f"{ends[0]} ends {'highest' if higher else 'lowest'}, at {number(known[ends[0]].middle[-1])}"
     if len(known) == 1 or not ranking:
-        return f"{best_end[0].upper()}{best_end[1:]}." if len(known) > 1 else (
-            f"{ends[0]} goes from {number(known[ends[0]].middle[0])} to {number(known[ends[0]].middle[-1])} in "
-            f"{amount(known[ends[0]].x[-1], unit)}."
+        return (
+            f"{best_end[0].upper()}{best_end[1:]}."
+            if len(known) > 1
+            else (
+                f"{ends[0]} goes from {number(known[ends[0]].middle[0])} to {number(known[ends[0]].middle[-1])} in "
+                f"{amount(known[ends[0]].x[-1], unit)}."
+            )
         )
     first, second = ranking[0], ranking[1] if len(ranking) > 1 else None
-    text = f"After {amount(shared, unit)}, as far as all of them got, {first} leads with {what} {number(at[first])}"
+    mine, theirs = apart(at[first], at[second]) if second is not None else (number(at[first]), "")
+    text = f"After {amount(shared, unit)}, as far as all of them got, {first} leads with {what} {mine}"
     if second is not None:
-        text += f", then {second} with {number(at[second])}"
+        text += f", then {second} with {theirs}"
     return text + (f"; {best_end}." if ends[0] != first else ".")
 
 
-def to_target(rows: Sequence[SummaryRow], unit: str, values: Mapping[str, float], goal: str) -> str:
+def to_target(rows: Sequence[SummaryRow], unit: str, values: Mapping[str, float], goal: str, seeds: int) -> str:
     """Who needed least and most, and who did not arrive."""
     arrived = sorted(values, key=lambda name: values[name])
     missing = [row.optimizer for row in rows if row.optimizer not in values]
     if not arrived:
-        return f"No optimizer reached {goal} in most of its seeds."
-    text = f"{arrived[0]} reached {goal} first, in {amount(values[arrived[0]], unit)}"
+        return f"No optimizer reached {goal}{_mostly(seeds)}."
+    order = " first" if len(arrived) > 1 else ""
+    text = f"{arrived[0]} reached {goal}{order}, in {amount(values[arrived[0]], unit)}"
     if len(arrived) > 1:
         last = arrived[-1]
-        text += f"; {last} last, in {amount(values[last], unit)}{_factor(values[last], values[arrived[0]])}"
-    return text + (f"; {listed(missing)} did not in most seeds." if missing else ".")
+        text += f"; {last} last, in {amount(values[last], unit)}{_factor(values[last], values[arrived[0]], unit)}"
+    return text + (f"; {listed(missing)} did not{_mostly(seeds)}." if missing else ".")
 
 
 def kl(medians: Mapping[str, float]) -> str:
@@ -194,19 +233,21 @@ def agreement(ratios: Mapping[str, np.ndarray]) -> str:
 
     def spread(name: str) -> str:
         low, high = np.quantile(ratios[name], (0.1, 0.9))
-        return f"{number(medians[name], 2)} times the predicted (80 % of updates: {number(low, 2)} to {number(high, 2)})"
+        return (
+            f"{number(medians[name], 2)} times the predicted (80 % of updates: {number(low, 2)} to {number(high, 2)})"
+        )
 
     text = f"For {best} the measured KL is {spread(best)}"
     return text + (f"; furthest off is {worst}, {spread(worst)}." if worst != best else ".")
 
 
-def cost(medians: Mapping[str, float], means: Mapping[str, float], reference: str) -> str:
+def cost(medians: Mapping[str, float], means: Mapping[str, float], reference: str, unit: float) -> str:
     """The dearest step against the reference, and whether its mean hides behind the median."""
     others = {name: value for name, value in medians.items() if name != reference}
     if not others:
-        return f"Only {reference} was timed."
+        return f"The median step of {reference} takes {duration(unit)}."
     near, far = min(others, key=lambda n: others[n]), max(others, key=lambda n: others[n])
-    text = f"A median step of {near} takes {number(others[near])} times as long as one of {reference}"
+    text = f"A median step of {near} takes {number(others[near])} times as long as the {duration(unit)} of {reference}"
     if far != near:
         text += f", one of {far} {number(others[far])} times"
     gap = max(others, key=lambda name: means[name] / medians[name])
