@@ -180,7 +180,7 @@ BUILTIN: dict[str, Callable[..., Task]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
 }
-"""Name -> function that builds the task and whose docstring sums it up; those in NEEDS_DATA take their files' folder."""
+"""Name -> function that builds the task; its docstring is a summary. NEEDS_DATA are those that take a folder."""
 NEEDS_DATA = frozenset({"mnist", "fashion-mnist"})
 
 

@@ -81,6 +81,7 @@ def memory_of(task: Task, spec: OptimizerSpec, lr: float, seed: int, device: tor
             steps()
             peak = torch.cuda.max_memory_allocated(device) - before
         else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
                 steps()
             peak = _peak_of(trace)

@@ -188,12 +188,13 @@ def _preset(class_name: str, knob: str) -> Callable[[nn.Module, Any, float | Non
         preset = getattr(natgrad, class_name, None)
         if preset is None:
             raise UnsupportedError(f"This natgrad has no preset {class_name}.")
-        optimizer = preset(model, likelihood) if value is None else preset(model, likelihood, **{knob: value})
-        if value is None:
-            declared = inspect.signature(preset).parameters.get(knob)
-            known = declared is not None and isinstance(declared.default, (int, float))
-            value = declared.default if known else optimizer.param_groups[0].get(knob, math.nan)  # type: ignore[union-attr]
-        return NatgradStepper(model, likelihood, optimizer, float(value))
+        if value is not None:
+            return NatgradStepper(model, likelihood, preset(model, likelihood, **{knob: value}), value)
+        optimizer = preset(model, likelihood)
+        declared = inspect.signature(preset).parameters.get(knob)
+        default: Any = None if declared is None else declared.default
+        known = default if isinstance(default, (int, float)) else optimizer.param_groups[0].get(knob, math.nan)
+        return NatgradStepper(model, likelihood, optimizer, float(known))
 
     return build
 

@@ -111,5 +111,6 @@ def _factory(reference: str, model: Any) -> Any:
     if callable(model):
         return model
     raise ArgumentError(
-        f"{reference}: the first value must be a torch.nn.Module or a function seed -> module, got {type(model).__name__}."
+        f"{reference}: the first value must be a torch.nn.Module or a function seed -> module, "
+        f"got {type(model).__name__}."
     )

@@ -36,7 +36,7 @@ class Machine:
     threads: int
     device: str
     gemm_gflops: float
-    """Rate of a square float32 matrix product measured in the same process, in 1e9 floating point operations a second."""
+    """Rate of a square float32 matrix product in the same process, in 1e9 floating point operations a second."""
 
 
 @dataclass(frozen=True)

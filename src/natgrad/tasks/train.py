@@ -14,7 +14,7 @@ from natgrad.errors import ArgumentError
 from natgrad.tasks.measure import synchronise
 from natgrad.tasks.optimizers import OptimizerSpec, Stepper
 from natgrad.tasks.results import Evaluation, Run
-from natgrad.tasks.task import Data, Task, forward, mean_kl, mean_nll, take
+from natgrad.tasks.task import Data, Task, forward, mean_kl, take
 
 _POINTS = 40  # evaluations spread evenly over a run, besides the early ones
 _EARLY = frozenset({0, 1, 2, 3, 5, 8, 13, 20, 30, 50, 80})
@@ -146,7 +146,8 @@ class _Loop:
         batches = batch_indices(self.task.train_rows, self.task.batch_size, seed)
         next_point, fraction = 0.0, 0.0
         while True:
-            if self.detailed and (fraction >= next_point or self.record.step in _EARLY) or fraction >= 1:
+            due = fraction >= next_point or self.record.step in _EARLY
+            if (self.detailed and due) or fraction >= 1:
                 self.evaluate()
                 next_point = (math.floor(fraction * _POINTS) + 1) / _POINTS
             yield fraction
@@ -197,7 +198,7 @@ class _Loop:
 
 
 def evaluate(task: Task, model: nn.Module, data: Data, *, metric: bool) -> tuple[float, float]:
-    """(mean nll per prediction, metric) of ``data`` in evaluation mode, in chunks of rows; the metric NaN if not asked."""
+    """(mean nll per prediction, metric) of ``data`` in evaluation mode, in chunks of rows; metric NaN unless asked."""
     training = model.training
     model.eval()
     loss = value = weight = rows = 0.0
