@@ -124,7 +124,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
     assert error <= tolerance, f"relative error {error:.3e} exceeds {tolerance:.0e}"
 
 
-def wishart_slope(errors: dict[int, float]) -> float:
+def slope(errors: dict[int, float]) -> float:
     """Least-squares slope of log error against log number of samples."""
     n = torch.tensor([float(k) for k in errors]).log()
     e = torch.tensor(list(errors.values())).log()

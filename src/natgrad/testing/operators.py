@@ -23,8 +23,8 @@ def check_operator(
 
     ``dense`` is an independently computed float64 matrix of the operator's shape. ``invertible=False`` skips inverse,
     solve and logdet; else dense + damping I must be invertible, and for ``logdet`` positive definite. ``rtol`` is
-    relative to the largest entry of each expected result; the default is √eps of the operator's dtype (inverses: times the
-    condition number). Raises AssertionError that names the method.
+    relative to the largest entry of each expected result; the default is √eps of the operator's dtype, grown with the
+    condition number for inverses. Raises AssertionError that names the method.
     """
     checker = _Checker(operator, dense, rtol, seed)
     checker.shape()

@@ -22,7 +22,8 @@ class Case:
     x: a Tensor, a tuple of positional or a mapping of keyword arguments; the first axis is the row.
     select: takes the output tensor [N, *positions, C] out of what the model returns (identity for most).
     tags: `sequence` (output has positions), `coupled` (rows depend on each other), `tied` (a parameter used more than
-    once), `structured` (the output is not a Tensor), `rnn`."""
+    once), `axes` (the first axis of some layer's input is not the row), `structured` (the output is not a Tensor),
+    `rnn`."""
 
     name: str
     model: nn.Module
@@ -102,6 +103,56 @@ class Mixer(nn.Module):
         h = torch.tanh(self.stem(x))
         h = h + torch.tanh(self.time(h.transpose(1, 2))).transpose(1, 2)
         return self.head(h)
+
+
+class Positional(nn.Module):
+    """A position embedding looked up once for the whole batch, as in GPT-2: its input has no batch axis."""
+
+    def __init__(self, outputs: int, time: int = 3) -> None:
+        super().__init__()
+        self.tokens, self.position = nn.Embedding(5, 3), nn.Embedding(time, 3)
+        self.head = nn.Linear(3, outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens) + self.position(torch.arange(tokens.shape[1]))
+        return self.head(torch.tanh(h - h.mean(1, keepdim=True).square()))
+
+
+class Flattened(nn.Module):
+    """Tokens are flattened to [N·T, d] before the layers and unflattened after them."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 3), nn.Linear(3, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        h = h + h.mean(1, keepdim=True).square()
+        return self.head(h.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class TimeFirst(nn.Module):
+    """Works time-first inside, on a batch as long as the sequence, where shapes alone cannot tell the axes apart."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 3), nn.Linear(3, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x.transpose(0, 1)))
+        h = h + h.mean(0, keepdim=True).square()
+        return self.head(h).transpose(0, 1)
+
+
+class Heads(nn.Module):
+    """A Linear shared by the two heads of each token: its input is [N, T, 2, d]."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 2), nn.Linear(4, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.stem(x.unflatten(-1, (2, 2)))).flatten(2))
 
 
 class Attention(nn.Module):
@@ -296,6 +347,10 @@ _MODELS: dict[str, tuple[Builder, Any, str]] = {
     ),
     "lstm": (Recurrent, (3, 3, 2), "sequence rnn"),
     "tied_head": (TiedHead, lambda: torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 1]]), "sequence tied"),
+    "positional": (Positional, lambda: torch.tensor([[0, 1, 2], [4, 3, 2], [1, 1, 0], [2, 4, 1]]), "sequence axes"),
+    "flattened": (Flattened, (4, 3, 2), "sequence axes"),
+    "time_first": (TimeFirst, (3, 3, 2), "sequence axes"),
+    "heads": (Heads, (4, 3, 4), "sequence"),
     "two_inputs": (TwoInputs, lambda: (torch.randn(5, 3).double(), torch.randn(5, 2).double()), ""),
     "structured": (Structured, lambda: {"inputs": torch.randn(5, 3).double(), "scale": torch.rand(5, 4).double()}, ""),
 }
