@@ -7,8 +7,8 @@ import torch
 from step_models import SIZES, ForbidWaiting, join, local_model, normal, psd, split
 
 from natgrad.errors import ArgumentError
-from natgrad.linalg import DenseMatrix, FunctionOperator
-from natgrad.step import LocalModel, Step, Trial
+from natgrad.linalg import DenseMatrix, FunctionOperator, KroneckerProduct
+from natgrad.step import KLClip, LocalModel, Step, Trial
 from natgrad.step.local import rejected
 
 
@@ -48,6 +48,24 @@ def test_ray_of_zero_and_of_non_finite_directions():
         assert not local.ray(split(d, SIZES)).finite.item()
 
 
+def test_a_non_finite_gradient_makes_the_ray_non_finite():
+    for bad in (math.nan, math.inf):
+        gradient = normal(5, 0)
+        gradient[1] = bad
+        assert not local_model(gradient, psd(5, 1), SIZES).ray(split(normal(5, 2), SIZES)).finite.item()
+
+
+def test_a_low_precision_direction_is_judged_in_the_precision_of_the_metric():
+    d = normal(5, 2).bfloat16()
+    f = block_diagonal(psd(5, 1)).float()
+    local = local_model(normal(5, 0).bfloat16(), f, SIZES)
+    step = KLClip(1e-3)(local, split(d, SIZES), 1.0)
+    assert step.delta["a"].dtype == torch.bfloat16
+    assert step.kl_predicted.item() == pytest.approx(1e-3, rel=1e-5)
+    expected = math.sqrt(1e-3 / (0.5 * d.double() @ f.double() @ d.double()).item())
+    assert step.lr.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_ray_costs_one_product_and_no_wait():
     products = []
 
@@ -63,6 +81,15 @@ def test_ray_costs_one_product_and_no_wait():
         ray = local.ray(direction)
         ray.kl(2.0), ray.change(torch.tensor(3.0)), ray.delta(0.5)
     assert len(products) == len(SIZES)
+
+
+def test_kronecker_blocks_give_the_same_ray_without_a_wait():
+    left, right, d, g = psd(2, 0), psd(3, 1), normal(6, 2), normal(6, 3)
+    local = LocalModel({"w": g}, {"w": KroneckerProduct(left, right)}, {}, 0.0)
+    with ForbidWaiting():
+        step = KLClip(1e-3)(local, {"w": d}, 1.0)
+    delta = step.delta["w"]
+    assert (0.5 * delta @ torch.kron(left, right) @ delta).item() == pytest.approx(1e-3, rel=1e-12)
 
 
 def test_the_forbidding_mode_does_forbid():

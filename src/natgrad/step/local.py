@@ -33,7 +33,19 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Σ over the blocks of ``a`` of aᵀb, 0-d."""
-    return _sum(torch.dot(vector, b[name].to(vector.dtype)) for name, vector in a.items())
+    return _sum(_dot(vector, b[name]) for name, vector in a.items())
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀb in the wider dtype of the two, float32 at least: bf16 would keep two digits."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.to(dtype), b.to(dtype))
+
+
+def _quad(operator: LinearOperator, vector: Tensor) -> Tensor:
+    """vᵀFv in the operator's precision (float32 factors under a bf16 model)."""
+    v = vector.to(operator.dtype)
+    return _dot(v, operator.matvec(v))
 
 
 def largest(vector: Mapping[str, Tensor]) -> Tensor:
@@ -48,10 +60,10 @@ def largest(vector: Mapping[str, Tensor]) -> Tensor:
 
 
 def _power_of_two(value: Tensor) -> Tensor:
-    """A power of two near ``value`` (1 for 0 and for what is not finite), within the range whose inverse exists."""
-    limit = math.log2(torch.finfo(value.dtype).max) - 8
-    exponent = torch.frexp(value).exponent.to(value.dtype).clamp(-limit, limit)
-    power = torch.ldexp(torch.ones_like(value), exponent)
+    """The power of two above ``value`` (1 for 0 and for what is not finite), within the range whose inverse exists."""
+    limit = 2.0 ** (math.frexp(torch.finfo(value.dtype).max)[1] - 8)
+    # value = mantissa · power, so the quotient is representable and division gives it exactly.
+    power = (value / torch.frexp(value).mantissa).clamp(1 / limit, limit)
     return torch.where(torch.isfinite(value) & (value > 0), power, torch.ones_like(value))
 
 
@@ -142,7 +154,7 @@ class LocalModel:
     def kl(self, delta: Mapping[str, Tensor]) -> Tensor:
         """½ ΔᵀFΔ, the predicted KL divergence in nats per prediction: 0-d. Costs one product with the metric."""
         _checks.blocks("metric", delta, self.metric)
-        return 0.5 * _sum(torch.dot(v, self.metric[name].matvec(v).to(v.dtype)) for name, v in delta.items())
+        return 0.5 * _sum(_quad(self.metric[name], v) for name, v in delta.items())
 
     def change(self, delta: Mapping[str, Tensor]) -> Tensor:
         """gᵀΔ + ½ ΔᵀFΔ, the predicted change of the loss: 0-d. Costs one product with the metric."""
@@ -159,9 +171,7 @@ class LocalModel:
     def damping_gram(self, vectors: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Σ_b λ_b v_iᵀv_j, [k, k]: what the damping adds to the curvature between ``vectors``."""
         rows = [
-            _sum(self._lambda(name, v) * torch.dot(v, b[name]) for name, v in a.items())
-            for a in vectors
-            for b in vectors
+            _sum(self._lambda(name, v) * _dot(v, b[name]) for name, v in a.items()) for a in vectors for b in vectors
         ]
         return torch.stack(rows).reshape(len(vectors), len(vectors))
 
