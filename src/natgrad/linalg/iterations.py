@@ -102,8 +102,8 @@ def lanczos(matvec: Action, start: Tensor, steps: int) -> tuple[Tensor, Tensor, 
     """Lanczos tridiagonalisation with full reorthogonalisation.
 
     ``start [*batch, n]`` need not be normalised. Returns alphas ``[*batch, k]`` (diagonal), betas ``[*batch, k-1]``
-    (off diagonal) and the orthonormal basis ``[*batch, k, n]`` (rows) with k = min(steps, n). Where an invariant subspace
-    is found early, the remaining alphas, betas and basis vectors are zero. Golub & Van Loan, section 10.1.
+    (off diagonal) and the orthonormal basis ``[*batch, k, n]`` (rows) with k = min(steps, n). Where an invariant
+    subspace is found early, the remaining alphas, betas and basis vectors are zero. Golub & Van Loan, section 10.1.
     """
     n = start.shape[-1]
     if steps < 1:
@@ -170,7 +170,8 @@ def newton_schulz_inverse(
         if not residual < 4.0:  # diverged, or NaN
             best = residual
             break
-        if residual < 0.5 and residual > 0.5 * best:
+        # ‖·‖_F < ½ bounds the spectral norm, so that each step must square it: if not, rounding has taken over.
+        if best * n**0.5 < 0.5 and residual > 0.5 * best:
             best = min(best, residual)
             break
         best = residual

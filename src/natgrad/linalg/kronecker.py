@@ -41,9 +41,9 @@ class _MatrixAction(LinearOperator):
 
     def _left(self, matrix: Tensor, x: Tensor) -> Tensor:
         """matrix X for X ``[*stack, p, q]`` or ``[batch, *stack, p, q]``."""
-        if x.ndim == matrix.ndim:
+        if x.ndim == matrix.ndim or not self.stack:
             return matrix @ x
-        # One product per stack element: the batch goes beside the columns instead of repeating the matrix.
+        # One product per stack element: the batch goes beside the columns, or matmul would copy the matrices.
         batch, q = x.shape[0], x.shape[-1]
         columns = x.movedim(0, -2).reshape(*self.stack, self.p, batch * q)
         return (matrix @ columns).reshape(*self.stack, self.p, batch, q).movedim(-2, 0)

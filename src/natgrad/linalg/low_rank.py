@@ -18,8 +18,8 @@ from natgrad.linalg.psd import safe_cholesky
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
 
-# Beyond this condition number tr(UᵀU)/λ the solve is corrected once for what cancellation loses in the range of U.
-_REFINE_ABOVE = 1e3
+# The relative error in the range of U is about eps · tr(UᵀU)/λ; above this multiple of √eps the solve is corrected.
+_REFINE_ABOVE = 0.1
 
 
 class LowRankMatrix(LinearOperator):
@@ -77,7 +77,8 @@ class LowRankMatrix(LinearOperator):
             return Inverse(CholeskyInverse(factor), SolveReport("cholesky", jitter=jitter))
         self._require_damping(damping)
         factor, jitter = safe_cholesky(self.gram_matrix(), damping)
-        refine = bool(self.gram_matrix().trace() > _REFINE_ABOVE * damping)
+        lost = torch.finfo(factor.dtype).eps ** 0.5 * self.gram_matrix().trace().to(factor.dtype)
+        refine = bool(lost > _REFINE_ABOVE * damping)
         inverse = WoodburyInverse(self.root, factor, damping, corrections=int(refine))
         return Inverse(inverse, SolveReport("woodbury", jitter=jitter))
 

@@ -320,7 +320,9 @@ def _worst_jitter(jitters: list[float | Tensor]) -> float | Tensor:
     tensors = [j.max() for j in jitters if isinstance(j, Tensor)]
     worst: float | Tensor = max(numbers_, default=0.0)
     for tensor in tensors:
-        worst = torch.clamp(tensor, min=worst) if not isinstance(worst, Tensor) else torch.maximum(
-            worst, tensor.to(worst.dtype).to(worst.device)
+        worst = (
+            torch.clamp(tensor, min=worst)
+            if not isinstance(worst, Tensor)
+            else torch.maximum(worst, tensor.to(worst.dtype).to(worst.device))
         )
     return worst

@@ -10,7 +10,7 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 from natgrad.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 
