@@ -195,8 +195,11 @@ def _closed_form(p: Distribution, q: Distribution) -> Tensor:
             "g = f and there is no Fisher matrix. Model bounded targets with Beta, heavy tails with StudentT or a "
             "LogNormal."
         )
-    own = (type(p), type(q)) in getattr(torch.distributions.kl, "_KL_REGISTRY", {})
-    if isinstance(p, TransformedDistribution) and not own and any(_has_tensors(t) for t in p.transforms):
+    if (
+        isinstance(p, TransformedDistribution)
+        and not _has_own_kl(type(p))
+        and any(_has_tensors(t) for t in p.transforms)
+    ):
         # torch compares the transforms by value and, where they agree, takes the KL of the bases: at g = f the
         # dependence on the transforms' parameters would silently be lost.
         raise NotImplementedError("its transforms carry parameters")
@@ -214,6 +217,12 @@ def _laplace_kl(p: Laplace, q: Laplace) -> Tensor:
     log_ratio = p.scale.log() - q.scale.log()
     # b_p/b_q (φ(−|d|/b_p) + 1) − 1 − log(b_p/b_q)
     return log_ratio.exp() * expm1_minus(-distance) + expm1_minus(log_ratio)
+
+
+def _has_own_kl(family: type[Distribution]) -> bool:
+    """Whether a KL is registered for this very subclass of TransformedDistribution, as for Gumbel."""
+    registry = getattr(torch.distributions.kl, "_KL_REGISTRY", {})
+    return family is not TransformedDistribution and (family, family) in registry
 
 
 def _has_tensors(transform: Transform) -> bool:
