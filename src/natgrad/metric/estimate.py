@@ -90,6 +90,9 @@ class Estimate(ABC):
             NotObservedError: a target is needed and was not given.
         """
         f = f.detach()
+        # Labels cannot be sampled from NaN; columns of NaN make sure that what comes of it is left out of averages.
+        finite = torch.isfinite(f).all()
+        f = torch.where(finite, f, 0.0)
         if y is None and (self.needs_target or likelihood.needs_target):
             who = type(self if self.needs_target else likelihood).__name__
             raise NotObservedError(
@@ -102,6 +105,7 @@ class Estimate(ABC):
             likelihood.check_target(f, y)
             weights, curvature = likelihood.weights(f, y), likelihood.curvature_weights(f, y)
         columns, separate = self.columns(likelihood, f, y, generator)
+        columns = columns * torch.where(finite, 1.0, torch.nan).to(columns.dtype)
         if curvature is not None and not isinstance(self, Empirical):
             columns = columns * curvature.to(columns.dtype).sqrt()[..., None]
         if weights is None:

@@ -83,6 +83,12 @@ class Metric(ABC):
         """One operator per block from averaged moments (metrics with ``averaged`` only)."""
         raise NotImplementedError
 
+    def renewed_bases(
+        self, means: Mapping[str, Mapping[str, Tensor]], bases: Bases
+    ) -> tuple[Mapping[str, Mapping[str, Tensor]], Bases]:
+        """Means and eigenbases after renewal; unchanged for metrics without any."""
+        return means, bases
+
     def reason(self, cell: Cell) -> tuple[str, str]:
         """Treatment of a cell and the reason for it, for the coverage table."""
         return type(self).__name__, ""
@@ -126,6 +132,11 @@ class Fisher(Metric):
 
     def reason(self, cell: Cell) -> tuple[str, str]:
         return self.structure.reason(cell)
+
+    def renewed_bases(
+        self, means: Mapping[str, Mapping[str, Tensor]], bases: Bases
+    ) -> tuple[Mapping[str, Mapping[str, Tensor]], Bases]:
+        return self.structure.renewed_bases(means, bases)
 
     def statistics(
         self,

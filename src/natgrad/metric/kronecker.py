@@ -224,7 +224,7 @@ class EigenKronecker(Kronecker):
                 out[name] = KroneckerEigen(left, right, kinds["eigenvalues"])
         return out
 
-    def basis_parts(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
+    def renewed_bases(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
         """New eigenbases from the averaged factors; averaged eigenvalues are carried over to them.
 
         A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the

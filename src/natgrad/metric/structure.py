@@ -65,7 +65,7 @@ class Structure(ABC):
         """One operator per block, from means of :class:`Moments`."""
         raise NotImplementedError
 
-    def basis_parts(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
+    def renewed_bases(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
         """Renew eigenbases from averaged factors; the identity for structures without any."""
         return means, bases
 

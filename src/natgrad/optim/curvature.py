@@ -1,0 +1,177 @@
+"""The curvature an optimizer carries from step to step: averaged moments, eigenbases and inverses, kept as tensors.
+
+Everything that must survive a checkpoint lives in the optimizer's per-parameter state, under the first parameter of
+the block it belongs to, as plain tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
+from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver
+from natgrad.metric import Bases, Euclidean, Metric, Moments, Statistics
+from natgrad.metric.running import Average
+from natgrad.network import Partition
+from natgrad.step import Damping
+
+_TOLERATED_FAILURES = 3
+_AVERAGE, _WEIGHT, _BASIS, _INVERSE = "average.", "weight.", "basis.", "inverse."
+STATE_PREFIXES = (_AVERAGE, _WEIGHT, _BASIS, _INVERSE)
+
+
+class Curvature:
+    """Metric operators and damped inverses per block.
+
+    Args:
+        metric: what is estimated.
+        partition: blocks of the model.
+        parameters: trainable parameters by name.
+        state: the optimizer's per-parameter state.
+        decay: weight of the past in the averages.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        partition: Partition,
+        parameters: Mapping[str, nn.Parameter],
+        state: MutableMapping[Any, Any],
+        decay: float,
+    ) -> None:
+        self.metric, self.partition, self.decay = metric, partition, decay
+        self._slots: dict[str, Any] = {b.name: state[parameters[b.parameters[0]]] for b in partition.blocks}
+        self.operators: dict[str, LinearOperator] = {}
+        self.inverses: dict[str, LinearOperator] = {}
+        self.failures = 0
+        if isinstance(metric, Euclidean):
+            for block in partition.blocks:
+                p = parameters[block.parameters[0]]
+                self.operators[block.name] = IdentityMatrix(block.size, p.dtype, p.device)
+            self.inverses = dict(self.operators)
+        else:
+            self._restore()
+
+    @property
+    def bases(self) -> Bases:
+        """Eigenbases in use, by block."""
+        return {
+            name: (slot.get(_BASIS + "left"), slot.get(_BASIS + "right"))
+            for name, slot in self._slots.items()
+            if _BASIS + "right" in slot
+        }
+
+    def update(self, statistics: Statistics) -> None:
+        """Take in the statistics of one step."""
+        if not self.metric.averaged:
+            self.operators = self.metric.operators(self.partition, statistics)
+            self.inverses = {}
+            return
+        assert isinstance(statistics, Moments)
+        for name, basis in statistics.bases.items():
+            self._store_basis(name, basis)
+        for name, kinds in statistics.means().items():
+            slot = self._slots[name]
+            for kind, mean in kinds.items():
+                average = _average(slot, kind, mean).updated(mean, self.decay)
+                slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.total, average.weight
+        self._rebuild()
+
+    def refresh(self, damping: Damping, solver: Solver | None) -> None:
+        """Renew bases and inverses from what has been averaged; a block that cannot be inverted keeps its last one.
+
+        Raises:
+            NotPositiveDefiniteError, NonFiniteError: no inverse has ever been had, or renewal failed several times in
+                a row.
+        """
+        if isinstance(self.metric, Euclidean):
+            return
+        if self.metric.averaged:
+            self._renew_bases()
+        failed: dict[str, NatgradError] = {}
+        for name, operator in self.operators.items():
+            try:
+                self.inverses[name] = damping.inverse(operator, solver)
+            except (NotPositiveDefiniteError, NonFiniteError) as error:
+                if name not in self.inverses:
+                    raise
+                failed[name] = error
+        self.failures = self.failures + 1 if failed else 0
+        if failed:
+            first = next(iter(failed))
+            if self.failures > _TOLERATED_FAILURES:
+                raise failed[first]
+            warnings.warn(
+                f"The curvature of {', '.join(failed)} could not be inverted; the last good inverse stays in use "
+                f"({self.failures} of at most {_TOLERATED_FAILURES} times in a row). {failed[first]}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if self.metric.averaged:
+            for name, inverse in self.inverses.items():
+                self._store_inverse(name, inverse)
+
+    def _means(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {
+                key[len(_AVERAGE) :]: Average(total, slot[_WEIGHT + key[len(_AVERAGE) :]]).value
+                for key, total in slot.items()
+                if isinstance(key, str) and key.startswith(_AVERAGE)
+            }
+            for name, slot in self._slots.items()
+            if any(isinstance(key, str) and key.startswith(_AVERAGE) for key in slot)
+        }
+
+    def _rebuild(self) -> None:
+        self.operators = self.metric.moment_operators(self.partition, self._means(), self.bases)
+
+    def _renew_bases(self) -> None:
+        old = self.bases
+        if not old:
+            return
+        means, new = self.metric.renewed_bases(self._means(), old)
+        for name, basis in new.items():
+            slot = self._slots[name]
+            self._store_basis(name, basis)
+            slot[_AVERAGE + "eigenvalues"] = means[name]["eigenvalues"] * slot[_WEIGHT + "eigenvalues"]
+        self._rebuild()
+
+    def _store_basis(self, name: str, basis: tuple[Tensor | None, Tensor | None]) -> None:
+        for side, tensor in zip(("left", "right"), basis, strict=True):
+            if tensor is not None:
+                self._slots[name][_BASIS + side] = tensor
+
+    def _store_inverse(self, name: str, inverse: LinearOperator) -> None:
+        slot = self._slots[name]
+        for key in [k for k in slot if isinstance(k, str) and k.startswith(_INVERSE)]:
+            del slot[key]
+        matrix = inverse.operator if isinstance(inverse, Inverse) else inverse
+        kind = getattr(matrix, "kind", None)
+        if kind in MATRICES:
+            for key, tensor in matrix.tensors().items():  # type: ignore[attr-defined]
+                slot[f"{_INVERSE}{kind}.{key}"] = tensor
+
+    def _restore(self) -> None:
+        """Operators and inverses from the state of a checkpoint; nothing where there is none."""
+        if not self.metric.averaged or not self._means():
+            return
+        self._rebuild()
+        for name, slot in self._slots.items():
+            found: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in slot.items():
+                if isinstance(key, str) and key.startswith(_INVERSE):
+                    kind, _, part = key[len(_INVERSE) :].partition(".")
+                    found.setdefault(kind, {})[part] = tensor
+            for kind, tensors in found.items():
+                self.inverses[name] = MATRICES[kind].from_tensors(tensors)
+
+
+def _average(slot: Mapping[str, Tensor], kind: str, like: Tensor) -> Average:
+    if _AVERAGE + kind not in slot:
+        return Average.start(like)
+    return Average(slot[_AVERAGE + kind], slot[_WEIGHT + kind])
+

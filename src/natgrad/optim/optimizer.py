@@ -1,0 +1,499 @@
+"""The optimizer: observes training passes, keeps curvature, and turns gradients into natural-gradient steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.errors import ArgumentError, NotObservedError, UnsupportedError
+from natgrad.likelihood import Likelihood
+from natgrad.likelihood.base import Target
+from natgrad.linalg import Solver
+from natgrad.metric import Fisher, Metric, Statistics
+from natgrad.metric.running import Refresh
+from natgrad.network import BlockVector, Partition, RandomState, trainable_parameters, uncovered_parameters
+from natgrad.optim.checks import check_arguments, parse_evaluation
+from natgrad.optim.curvature import Curvature
+from natgrad.optim.observer import Observation, Observer
+from natgrad.optim.probe import ModelProbe
+from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one parameter is treated.
+
+    Attributes:
+        parameter: qualified name.
+        shape: its shape.
+        block: name of the curvature block it belongs to.
+        treatment: the structure it gets.
+        reason: why, where it is not what the structure's name says.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    block: str
+    treatment: str
+    reason: str
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    r"""Natural gradient descent, ``θ ← θ − lr (F(θ) + λI)⁻¹ ∇L(θ)`` (Amari 1998).
+
+    Used like any torch optimizer. A hook on ``model`` observes each training pass (gradients enabled, training mode);
+    passes whose output no backward pass reaches are not counted, several passes before a step accumulate::
+
+        opt = ng.NaturalGradient(model, ng.Categorical(), lr=0.1)
+        for x, y in loader:
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+
+    With a closure, ``step(closure)`` evaluates ``(loss, output)`` or ``(loss, output, target)``, runs the backward pass
+    itself and may evaluate the closure again without gradients.
+
+    Scale: the metric is the mean over predictions of the Fisher matrix of the likelihood, whatever reduction the loss
+    has; ``damping`` is in the same unit. A gradient of the mean negative log-likelihood and ``lr=1`` is the full
+    natural-gradient (for generalised linear models: Fisher-scoring) step.
+
+    Momentum averages the gradient before it is preconditioned, ``m ← μ m + g``, so that the predicted KL is that of
+    the whole step. Weight decay is decoupled (``θ ← (1 − lr·w) θ``), except where the search measures what a step
+    does: there it is part of the loss, so that the bound holds for the whole change.
+
+    A gradient that is not finite changes nothing: not the parameters, not the averages.
+
+    Args:
+        model: the network. Its trainable parameters are optimized.
+        likelihood: what the model's output means.
+        lr: learning rate; with a :class:`TrustRegion` it is the longest multiple of the direction (``inf`` allowed).
+        damping: λ, as a number or a rule (``Constant``, ``Proportional``, ``FactoredTikhonov``, ``LevenbergMarquardt``).
+        momentum: μ in [0, 1).
+        weight_decay: w ≥ 0.
+        metric: what is inverted: ``Fisher(estimate, structure)``, ``Hessian(structure)`` or ``Euclidean()``. With
+            ``Euclidean`` the optimizer is SGD exactly (damping has nothing to act on).
+        solver: how; None is each structure's own method.
+        search: from a direction to a step.
+        average: weight of the past in the running averages of curvature, in [0, 1).
+        refresh: how often statistics and inverses are renewed.
+        seed: of the sampled labels and signs; the global random streams are never touched.
+
+    Raises:
+        ArgumentError: an argument out of range; the message names it.
+
+    Attributes:
+        last: what the last step did (a :class:`natgrad.step.Step` without its vectors), None before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float | Tensor = 1.0,
+        damping: float | Damping = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        metric: Metric = Fisher(),
+        solver: Solver | None = None,
+        search: Search = LearningRate(),
+        average: float = 0.95,
+        refresh: Refresh = Refresh(),
+        seed: int = 0,
+    ) -> None:
+        parameters = check_arguments(model, likelihood, lr, momentum, weight_decay, average, search)
+        self.last: Step | None = None
+        self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
+        self._damping, self._decay, self._refresh = as_damping(damping), average, refresh
+        self._model = model
+        self._device = next(iter(parameters.values())).device
+        self._generator = torch.Generator(device=self._device).manual_seed(seed)
+        self._curvature: Curvature | None = None
+        self._uncovered: dict[str, str] | None = None
+        self._steps = 0
+        self._observer = Observer(model, self._wants_tape, self._on_pass)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
+        super().__init__(list(parameters.values()), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise UnsupportedError(
+                "natgrad takes its parameters from the model: unfreeze them with requires_grad_(True) and they are "
+                "picked up at the next step. Several parameter groups are not supported yet."
+            )
+        super().add_param_group(param_group)
+
+    # Observation
+
+    def _wants_tape(self) -> bool:
+        metric = self._metric
+        return metric.needs_observation and not metric.replayed and self._statistics_due()
+
+    def _statistics_due(self) -> bool:
+        if not self._metric.needs_observation:
+            return False
+        return not self._metric.averaged or self._refresh.statistics_due(self._steps) or self._curvature is None
+
+    def _on_pass(self, observation: Observation) -> None:
+        """Statistics right after the forward pass, while its graph is whole; later where the target is needed."""
+        needs_target = self._metric.needs_target or self._likelihood.needs_target
+        if observation.tape is not None and not needs_target:
+            self._take_statistics(observation)
+
+    def _take_statistics(self, observation: Observation) -> None:
+        tape = observation.tape
+        assert tape is not None
+        with torch.enable_grad():
+            if self._uncovered is None:
+                self._uncovered = uncovered_parameters(tape, self._generator)
+        curvature = self._curvature_for(self._partition())
+        bases = dict(curvature.bases)
+        for other in self._observer.observations:
+            bases |= getattr(other.statistics, "bases", {})
+        observation.statistics = self._metric.statistics(
+            tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
+        )
+        observation.tape = None  # the layers' inputs are no longer needed
+
+    def observe(self, output: Tensor, target: Target | None = None) -> None:
+        """Say explicitly which output the loss is made of, between the forward pass and ``backward()``.
+
+        Needed where the model returns something from which the output cannot be told, and where the curvature depends
+        on the labels (``Empirical``, ``Hessian``, masks and class weights of ``Weighted``).
+
+        Args:
+            output: what the model's last training pass returned, or the tensor inside it.
+            target: the labels of the batch.
+
+        Raises:
+            StaleTapeError: ``output`` is not of a pass recorded since the last step.
+        """
+        observation = self._observer.find(output)
+        if target is not None:
+            self._likelihood.check_output(output)
+            self._likelihood.check_target(output, target)
+            observation.target = target
+        observation.used = True
+        if observation.tape is not None and observation.statistics is None:
+            ready = target is not None or not (self._metric.needs_target or self._likelihood.needs_target)
+            if ready:
+                self._take_statistics(observation)
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: evaluates the model and returns ``(loss, output)`` or ``(loss, output, target)`` without calling
+                ``backward``. A closure of torch's kind (calls ``backward``, returns the loss) is called once.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            NotObservedError: curvature is needed and no training pass was observed.
+        """
+        loss, again, random = self._evaluate(closure)
+        observations = self._observer.take()
+        gradients = self._gradients()
+        if not gradients or not self._ready(observations, gradients):
+            return loss
+        curvature = self._update_curvature(observations)
+        step = self._search_step(curvature, gradients, observations, loss, again, random)
+        self._apply(step)
+        self._steps += 1
+        for p in self.param_groups[0]["params"]:
+            if p in self.state:
+                self.state[p]["step"] = torch.tensor(float(self._steps))
+        return loss
+
+    @torch.no_grad()
+    def precondition_(self) -> None:
+        """Replace every ``.grad`` by the natural gradient ``(F + λI)⁻¹ g``, for another optimizer to apply."""
+        observations = self._observer.take()
+        gradients = self._gradients()
+        if not gradients or not self._ready(observations, gradients):
+            return
+        curvature = self._update_curvature(observations)
+        direction = self._precondition(curvature, gradients)
+        parameters = trainable_parameters(self._model)
+        finite = torch.stack([torch.isfinite(d).all() for d in direction.values()]).all()
+        for name, value in curvature.partition.unpack(direction).items():
+            grad = parameters[name].grad
+            if grad is not None:
+                grad.copy_(torch.where(finite, value, 0.0))
+        self._steps += 1
+
+    def _evaluate(self, closure: Closure | None) -> tuple[Any, Closure | None, RandomState | None]:
+        if closure is None:
+            return None, None, None
+        random = RandomState.capture(self._device)
+        with torch.enable_grad(), self._observer.forced():
+            result = closure()
+        evaluation = parse_evaluation(result)
+        if evaluation is None:
+            return result, None, None
+        loss, output, target = evaluation
+        if not loss.requires_grad:
+            raise ArgumentError(
+                "The closure's loss has no graph: it was detached, computed under no_grad, or the closure already called "
+                "backward(). Return (loss, output) straight from the computation."
+            )
+        self.zero_grad()
+        with torch.enable_grad():
+            self.observe(output, target)
+            loss.backward()
+
+        def again() -> tuple[Tensor, Tensor]:
+            with self._observer.paused():
+                value = parse_evaluation(closure())
+            assert value is not None
+            return value[0], value[1]
+
+        return loss.detach(), again, random
+
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients: dict[str, Tensor] = {}
+        for name, p in trainable_parameters(self._model).items():
+            if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise UnsupportedError(f"The gradient of {name} is sparse, which natgrad does not support.")
+                gradients[name] = p.grad
+        return gradients
+
+    def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
+        """Whether a step can be taken; an all-zero gradient without any observation takes none."""
+        needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
+        if not needed or observations or not self._metric.needs_observation and not self._needs_probe():
+            return True
+        if not any(bool(g.any()) for g in gradients.values()):
+            return False
+        raise NotObservedError(
+            "step() found gradients, but no training pass of the model was observed since the last step. Run the model "
+            "in training mode (model.train()) and not through a copy; if it was compiled after the optimizer was made, "
+            "give the optimizer the compiled model; or pass a closure that returns (loss, output)."
+        )
+
+    def _partition(self) -> Partition:
+        names = tuple(trainable_parameters(self._model))
+        if self._curvature is not None and self._curvature.partition.order == names:
+            return self._curvature.partition
+        return self._metric.partition(self._model, self._uncovered)
+
+    def _curvature_for(self, partition: Partition) -> Curvature:
+        if self._curvature is None or self._curvature.partition is not partition:
+            parameters = trainable_parameters(self._model)
+            known = {id(p) for p in self.param_groups[0]["params"]}
+            self.param_groups[0]["params"] += [p for p in parameters.values() if id(p) not in known]
+            self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
+        return self._curvature
+
+    def _update_curvature(self, observations: list[Observation]) -> Curvature:
+        curvature = self._curvature_for(self._partition())
+        if self._statistics_due() and observations:
+            curvature.update(self._statistics(observations, curvature.partition))
+        if not curvature.inverses or self._refresh.inverse_due(self._steps):
+            curvature.refresh(self._damping, self._solver)
+        return curvature
+
+    def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
+        total: Statistics | None = None
+        for observation in observations:
+            if self._metric.replayed:
+                with torch.enable_grad():
+                    found: Any = self._metric.products(
+                        observation.observed, self._likelihood, observation.target, partition, generator=self._generator
+                    )
+            else:
+                found = observation.statistics
+            if found is None:
+                raise NotObservedError(
+                    "The curvature of the observed pass needs its labels. Call opt.observe(output, target) before "
+                    "loss.backward(), or return (loss, output, target) from the closure."
+                )
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    def _needs_probe(self) -> bool:
+        return self._search.needs_probe or self._damping.needs_loss
+
+    def _precondition(self, curvature: Curvature, gradients: dict[str, Tensor]) -> BlockVector:
+        vectors = self._pack(curvature.partition, gradients)
+        return {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
+
+    @staticmethod
+    def _pack(partition: Partition, tensors: dict[str, Tensor]) -> BlockVector:
+        """Vectors of the blocks that have any gradient; a missing one inside such a block counts as zero."""
+        shapes = partition.shapes
+        out: BlockVector = {}
+        for block in partition.blocks:
+            present = [n for n in block.parameters if n in tensors]
+            if present:
+                like = tensors[present[0]]
+                whole = {n: tensors[n] if n in tensors else like.new_zeros(shapes[n]) for n in block.parameters}
+                out[block.name] = block.pack(whole)
+        return out
+
+    def _search_step(
+        self,
+        curvature: Curvature,
+        gradients: dict[str, Tensor],
+        observations: list[Observation],
+        loss: Any,
+        again: Closure | None,
+        random: RandomState | None,
+    ) -> Step:
+        group, partition = self.param_groups[0], curvature.partition
+        lr, decay = group["lr"], group["weight_decay"]
+        parameters = trainable_parameters(self._model)
+        if group["maximize"]:
+            gradients = {n: -g for n, g in gradients.items()}
+        if decay and self._search.needs_probe:
+            gradients = {n: g + decay * parameters[n] for n, g in gradients.items()}
+        direction = self._precondition(curvature, self._with_momentum(gradients, group["momentum"]))
+        gradient = self._pack(partition, gradients)
+        probe = None
+        if self._needs_probe():
+            probe = ModelProbe(self._model, partition, self._likelihood, observations, again, random)
+            if again is None:
+                loss = probe.loss()
+        local = LocalModel(
+            gradient,
+            {n: curvature.operators[n] for n in direction},
+            {n: curvature.inverses[n] for n in direction},
+            self._damping.value,
+            loss=loss if isinstance(loss, Tensor) else None,
+            previous=self._previous(partition, direction),
+        )
+        step = self._search(local, direction, lr, probe)
+        if self._damping.needs_loss:
+            if step.delta is not None and step.loss_change_measured is None and probe is not None:
+                step = step.measured(probe(step.delta), local.loss)
+            self._damping = self._damping.update(step)
+        return step
+
+    def _with_momentum(self, gradients: dict[str, Tensor], momentum: float) -> dict[str, Tensor]:
+        """``m ← μ m + g``, left as it was where the gradient is not finite."""
+        if not momentum:
+            return gradients
+        parameters = trainable_parameters(self._model)
+        finite = torch.stack([torch.isfinite(g.sum()) for g in gradients.values()]).all()
+        averaged: dict[str, Tensor] = {}
+        for name, g in gradients.items():
+            state = self.state[parameters[name]]
+            before = state.get("momentum", torch.zeros_like(g))
+            averaged[name] = before * momentum + g
+            state["momentum"] = torch.where(finite, averaged[name], before)
+        return averaged
+
+    def _previous(self, partition: Partition, direction: BlockVector) -> BlockVector | None:
+        if not isinstance(self._search, QuadraticFit):
+            return None
+        parameters = trainable_parameters(self._model)
+        found = {n: self.state[p]["previous"] for n, p in parameters.items() if "previous" in self.state[p]}
+        if not found:
+            return None
+        vectors = self._pack(partition, found)
+        return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
+
+    def _apply(self, step: Step) -> None:
+        group = self.param_groups[0]
+        assert self._curvature is not None
+        parameters = trainable_parameters(self._model)
+        keep = isinstance(self._search, QuadraticFit)
+        if step.delta is not None:
+            change = self._curvature.partition.unpack(step.delta)
+            if group["weight_decay"] and not self._search.needs_probe:
+                shrink = 1 - group["lr"] * group["weight_decay"]
+                accepted = torch.as_tensor(step.accepted, device=self._device)
+                for name in change:
+                    parameters[name].mul_(torch.where(accepted, shrink, 1.0).to(parameters[name].dtype))
+            for name, delta in change.items():
+                parameters[name].add_(delta.to(parameters[name].dtype))
+                if keep:
+                    self.state[parameters[name]]["previous"] = delta
+        self.last = replace(step, delta=None)
+
+    # Reports
+
+    def coverage(self) -> list[CoverageRow]:
+        """How every trainable parameter is treated, and why; before the first observed pass: as far as types tell."""
+        rows: list[CoverageRow] = []
+        for block in self._partition().blocks:
+            for cell in block.cells:
+                treatment, reason = self._metric.reason(cell)
+                for name, shape in zip(cell.parameters, cell.shapes, strict=True):
+                    rows.append(CoverageRow(name, tuple(shape), block.name, treatment, reason))
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step for any logger. Waits for the device."""
+        if self.last is None:
+            return {}
+        step = self.last
+        values = {
+            "lr": step.lr,
+            "accepted": step.accepted,
+            "damping": step.damping,
+            "backtracks": step.backtracks,
+            "kl_predicted": step.kl_predicted,
+            "kl_measured": step.kl_measured,
+            "loss_change_predicted": step.loss_change_predicted,
+            "loss_change_measured": step.loss_change_measured,
+            "ratio": step.ratio,
+        }
+        return {f"natgrad/{name}": float(value) for name, value in values.items() if value is not None}
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood the optimizer was made with."""
+        return self._likelihood
+
+    @property
+    def damping(self) -> Damping:
+        """The damping rule as it stands now."""
+        return self._damping
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by parameter, and in the parameter group what else a resumed run needs; loads with weights_only."""
+        saved = super().state_dict()
+        group = saved["param_groups"][0]
+        group["natgrad"] = {
+            "steps": self._steps,
+            "generator": self._generator.get_state(),
+            "damping": dict(self._damping.state()),
+            "uncovered": None if self._uncovered is None else dict(self._uncovered),
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them."""
+        incoming = {**state_dict, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
+        own = incoming["param_groups"][0].pop("natgrad", None)
+        super().load_state_dict(incoming)
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        order = [i for g in incoming["param_groups"] for i in g["params"]]
+        for p, i in zip(parameters, order, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.detach().to(device=p.device if value.dim() else value.device, copy=True)
+        if own is not None:
+            self._steps = own["steps"]
+            self._generator.set_state(own["generator"].cpu())
+            self._damping = self._damping.restored(own["damping"])
+            self._uncovered = deepcopy(own["uncovered"])
+        self._curvature = None
+        if any("step" in s for s in self.state.values()) and (self._uncovered is not None or self._metric.replayed):
+            self._curvature_for(self._partition())

@@ -1,0 +1,136 @@
+"""Measures what a step would do: KL and loss at other parameters, and exact curvature between directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.likelihood import Likelihood
+from natgrad.network import BlockVector, Linearization, Partition, Pass, RandomState, trainable_parameters
+from natgrad.network.replay import random_state
+from natgrad.optim.observer import Observation
+from natgrad.step import Trial
+
+
+@dataclass(frozen=True)
+class ModelProbe:
+    """Evaluates the observed passes near the current parameters and leaves no trace.
+
+    Args:
+        model: the network.
+        partition: maps block vectors to parameters.
+        likelihood: what the output means.
+        observations: the passes of this step.
+        closure: where given, evaluates the loss; returns ``(loss, output)``.
+        random: state of the random streams before the closure first ran.
+    """
+
+    model: nn.Module
+    partition: Partition
+    likelihood: Likelihood
+    observations: Sequence[Observation]
+    closure: Callable[[], tuple[Tensor, Tensor]] | None = None
+    random: RandomState | None = None
+
+    @torch.no_grad()
+    def __call__(self, delta: BlockVector) -> Trial:
+        moved = self._moved(delta)
+        if self.closure is not None:
+            return self._through_closure(moved)
+        kl, loss, total = 0.0, 0.0, 0.0
+        known = all(o.target is not None for o in self.observations)
+        for observation in self.observations:
+            assert observation.output is not None
+            new, old = observation.observed.run(moved), observation.output.detach()
+            weights = self._weights(observation)
+            kl = kl + self._sum(self.likelihood.kl(old, new), weights)
+            total = total + (old[..., 0].numel() if weights is None else weights.sum())
+            if known:
+                loss = loss + self.likelihood.nll(new, observation.target).sum()  # type: ignore[arg-type]
+        return Trial(kl / total, loss / total if known else None)  # type: ignore[operator]
+
+    def loss(self) -> Tensor | None:
+        """Mean negative log-likelihood of the observed passes at the current parameters; None without targets."""
+        if any(o.target is None for o in self.observations) or not self.observations:
+            return None
+        loss, total = 0.0, 0.0
+        for observation in self.observations:
+            assert observation.output is not None and observation.target is not None
+            weights = self._weights(observation)
+            loss = loss + self.likelihood.nll(observation.output.detach(), observation.target).sum()
+            total = total + (observation.output[..., 0].numel() if weights is None else weights.sum())
+        return loss / total  # type: ignore[operator,return-value]
+
+    def curvature(self, deltas: Sequence[BlockVector]) -> Tensor:
+        gram, total = torch.zeros(()), 0.0
+        named = [self.partition.unpack(delta) for delta in deltas]
+        for observation in self.observations:
+            f, pushed = _push(observation.observed, named)
+            weights = self._weights(observation)
+            total = total + (f[..., 0].numel() if weights is None else weights.sum())
+            products = [self.likelihood.fisher_matvec(f, u) for u in pushed]
+            entries = [[self._sum((u * p).sum(-1), weights) for p in products] for u in pushed]
+            gram = gram + torch.stack([torch.stack(row) for row in entries]) / 1.0
+        return gram / total
+
+    def _moved(self, delta: BlockVector) -> dict[str, Tensor]:
+        parameters = trainable_parameters(self.model)
+        return {n: parameters[n] + d.to(parameters[n].dtype) for n, d in self.partition.unpack(delta).items()}
+
+    def _weights(self, observation: Observation) -> Tensor | None:
+        if observation.target is None:
+            return None
+        assert observation.output is not None
+        return self.likelihood.weights(observation.output, observation.target)
+
+    @staticmethod
+    def _sum(values: Tensor, weights: Tensor | None) -> Tensor:
+        # A zero weight must silence its prediction even where the prediction is not finite.
+        return values.sum() if weights is None else torch.where(weights == 0, 0.0, values * weights).sum()
+
+    def _through_closure(self, moved: dict[str, Tensor]) -> Trial:
+        assert self.closure is not None
+        parameters = trainable_parameters(self.model)
+        kept = {n: parameters[n].clone() for n in moved}
+        buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        device = next(iter(parameters.values())).device
+        try:
+            for name, value in moved.items():
+                parameters[name].copy_(value)
+            with random_state(self.random, device):
+                loss, output = self.closure()
+        finally:
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        (observation,) = self.observations
+        assert observation.output is not None
+        weights = self._weights(observation)
+        old = observation.output.detach()
+        total: Any = old[..., 0].numel() if weights is None else weights.sum()
+        return Trial(self._sum(self.likelihood.kl(old, output), weights) / total, loss.detach())
+
+
+def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """The output and ``J v`` for each vector."""
+    parameters = {n: p.detach() for n, p in trainable_parameters(observed.model).items()}
+    try:
+        pushed = []
+        output: Tensor | None = None
+        for vector in vectors:
+            tangent = {n: vector[n].to(parameters[n].dtype) if n in vector else torch.zeros_like(parameters[n])
+                       for n in parameters}  # fmt: skip
+            output, jv = torch.func.jvp(observed.run, (parameters,), (tangent,))
+            pushed.append(jv.detach())
+        assert output is not None
+        return output.detach(), pushed
+    except (NotImplementedError, RuntimeError):
+        # Some operations have no forward-mode derivative; two backward passes give the same product.
+        linearization = Linearization(observed)
+        zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        return linearization.output.detach(), [linearization.jvp({**zeros, **v}).detach() for v in vectors]
