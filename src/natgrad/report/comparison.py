@@ -35,8 +35,8 @@ def write_comparison(comparison: Comparison, out_dir: str | os.PathLike[str]) ->
         target.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
-            f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. The path may be a file, may lie "
-            "in a folder without write permission, or the disk may be full. Give another folder, e.g. --out runs/report."
+            f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. The path may be a file, may "
+            "lie in a folder without write permission, or the disk may be full. Give another folder, such as runs/new."
         ) from error
     return target
 

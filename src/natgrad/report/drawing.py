@@ -37,8 +37,8 @@ class Figure:
     def inline(self) -> str:
         """An ``<svg>`` element for a page that has the theme's style sheet."""
         label = svg.attribute(f"{self.title}. {self.description}".strip())
-        box = f"0 0 {self.width} {self.height}"
-        return f'<svg xmlns="{svg.NAMESPACE}" class="figure" role="img" aria-label={label} viewBox="{box}">{self.body}</svg>'
+        head = f'<svg xmlns="{svg.NAMESPACE}" class="figure" role="img" aria-label={label}'
+        return f'{head} viewBox="0 0 {self.width} {self.height}">{self.body}</svg>'
 
     def standalone(self) -> str:
         """A complete SVG document that carries its style and follows the reader's light or dark scheme."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from natgrad.report.drawing import Figure, coloured, frame
 from natgrad.report.svg import Scale
 from natgrad.report.theme import Style
 
-_PANEL, _GAP, _LEFT, _TOP, _BOTTOM = 300, 34, 46, 58, 64
+_PANEL, _GAP, _LEFT, _TOP, _BOTTOM = 300, 34, 46, 58, 46
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def trajectories(
     levels: int = 14,
     name: str = "trajectories",
 ) -> Figure:
-    """Panels side by side: contours of the loss (levels evenly spaced in √(loss − lowest)) and the paths of optimizers.
+    """Panels side by side: contours of the loss (levels at its quantiles over the map) and the paths of optimizers.
 
+    Later paths are drawn thinner, so that paths that coincide stay visible one inside the other.
     To show invariance, give two panels over the same model, say gradient descent and natural gradient, each with its
     paths in two parameterisations mapped to the coordinates of the panel: paths of an invariant method coincide.
     ``minimum`` is marked with a ring. Needs the ``report`` extra for the contours.
@@ -83,7 +85,7 @@ def _panel(panel: Panel, name: str, minimum: tuple[float, float] | None, levels:
     drawn = _contours(xs, ys, loss, levels, x, y)
     if minimum is not None:
         drawn += svg.marker(x(minimum[0]), y(minimum[1]), "circle", "ring", 6)
-    drawn += "".join(_path(path, k, x, y) for k, path in enumerate(panel.paths))
+    drawn += "".join(_path(path, k, len(panel.paths), x, y) for k, path in enumerate(panel.paths))
     parts.append(f'<g clip-path="url(#clip-{name})">{drawn}</g>')
     # The frame's grid would compete with the contours: only its ticks and labels are wanted.
     axes = frame(x, y, panel.x_label, "")
@@ -105,21 +107,25 @@ def _legend(paths: Sequence[Trajectory]) -> str:
     return "".join(parts)
 
 
-def _path(path: Trajectory, index: int, x: Scale, y: Scale) -> str:
+def _path(path: Trajectory, index: int, count: int, x: Scale, y: Scale) -> str:
     points = np.asarray(path.points, dtype=float)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ArgumentError(f"The path {path.label!r} has shape {points.shape}; give an array [steps, 2].")
     pixels = [(x(float(u)), y(float(v))) for u, v in points if np.isfinite(u) and np.isfinite(v)]
     if not pixels:
         return ""
-    inner = svg.polyline(pixels, "series", path.dash) if len(pixels) > 1 else ""
+    rank = index / (count - 1) if count > 1 else 1.0
+    inner = ""
+    if len(pixels) > 1:
+        line = svg.polyline(pixels, "series", path.dash)
+        inner = f'<g style="stroke-width:{5 - 3.2 * rank:.1f}px;opacity:{0.5 + 0.5 * rank:.2f}">{line}</g>'
     kept, last = [pixels[0]], pixels[0]
     for px, py in pixels[1:]:
         # Markers closer than their size would only smear.
-        if (px - last[0]) ** 2 + (py - last[1]) ** 2 > 9.0**2:
+        if (px - last[0]) ** 2 + (py - last[1]) ** 2 > 13.0**2:
             kept.append((px, py))
             last = (px, py)
-    inner += "".join(svg.marker(px, py, path.marker, "dot", 3.2) for px, py in kept)
+    inner += "".join(svg.marker(px, py, path.marker, "dot", 5.4 - 2.6 * rank) for px, py in kept)
     return coloured(Style(index, path.slot, path.dash, path.marker), inner)
 
 
@@ -128,15 +134,18 @@ def _contours(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, levels: int, x: 
     finite = loss[np.isfinite(loss)]
     if finite.size == 0 or finite.max() <= finite.min():
         return ""
-    low, high = float(finite.min()), float(np.quantile(finite, 0.98))
+    low = float(finite.min())
     masked = np.ma.masked_invalid(loss)
     generator = _contourpy().contour_generator(xs, ys, masked, fill_type="OuterOffset")
     parts = []
     for fraction in np.linspace(0, 1, levels + 2)[1:-1]:
-        level = low + (high - low) * float(fraction) ** 2
+        # The exponent crowds the levels a little towards the minimum.
+        level = float(np.quantile(finite, float(fraction) ** 1.4))
+        if level <= low:
+            continue
         points, offsets = generator.filled(low - 1.0 - abs(low), level)
         for vertices, starts in zip(points, offsets, strict=True):
-            rings = [vertices[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+            rings = [vertices[a:b] for a, b in itertools.pairwise(starts)]
             d = "".join("M" + "L".join(f"{x(u):.1f} {y(v):.1f}" for u, v in ring) + "Z" for ring in rings)
             parts.append(f'<path d="{d}" class="level" fill-rule="evenodd"/>')
         for ring in generator.lines(level):

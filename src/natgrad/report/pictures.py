@@ -219,8 +219,8 @@ def _agreement(comparison: Comparison, looks: Mapping[str, Style], most: int = 2
     )
     caption = words.agreement({n: data[:, 1] / data[:, 0] for n, data in pairs.items()})
     reading = (
-        "One mark per update, all seeds (thinned when there are many). On the dashed diagonal the quadratic model of the "
-        "metric is right; above it, updates move the predictions further than expected."
+        "One mark per update, all seeds (thinned when there are many). On the dashed diagonal the quadratic model is "
+        "right; above it, updates move the predictions further than it expects."
     )
     return figure.worded(caption, reading)
 
@@ -276,7 +276,7 @@ def _memory(comparison: Comparison, looks: Mapping[str, Style]) -> Figure:
     figure = figures.bars(name, title, rows, x_label=f"optimizer state / peak memory ({unit})")
     reading = (
         "Full colour: the optimizer's state; light: the most that tensors took in a step (parameters, gradients, state "
-        "and activations). Median over seeds."
+        "and activations). The most over the seeds."
     )
     return figure.worded(words.memory(peaks, states, unit), reading)
 

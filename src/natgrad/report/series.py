@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def windows(values: Sequence[float], *, count: int = 90, log_x: bool = False) ->
     edges = np.unique(np.round(spaced).astype(int))
     data = np.asarray(values, dtype=float)
     steps, medians = [], []
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in itertools.pairwise(edges):
         part = data[first - 1 : end - 1]
         part = part[np.isfinite(part)]
         if len(part):
@@ -92,7 +93,7 @@ def finite(values: Sequence[float], *, positive: bool = False) -> np.ndarray:
 
 
 def arrival(run: Run, target: float) -> tuple[float, float]:
-    """(steps, seconds) at the first evaluation whose training loss is at most ``target``; infinite when there is none."""
+    """(steps, seconds) at the first evaluation whose training loss is at most ``target``; infinite without one."""
     for evaluation in run.evaluations:
         if evaluation.train_loss <= target:
             return float(evaluation.step), evaluation.seconds

@@ -104,7 +104,8 @@ svg.figure .frame{stroke:var(--muted);stroke-width:1;fill:none}
 svg.figure .reference{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:3 3;fill:none;opacity:.75}
 svg.figure .leader{stroke:var(--c);stroke-width:.8;opacity:.6;fill:none}
 svg.figure .far{opacity:.4;stroke-dasharray:1 2}
-svg.figure .series{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round;stroke-linecap:butt}
+svg.figure{stroke-width:2}
+svg.figure .series{stroke:var(--c);fill:none;stroke-linejoin:round;stroke-linecap:butt}
 svg.figure .thin{stroke:var(--c);stroke-width:1;fill:none;opacity:.75}
 svg.figure .band{fill:var(--c);opacity:.16;stroke:none}
 svg.figure .bar{fill:var(--c);opacity:.85}
@@ -117,7 +118,7 @@ svg.figure .seed{fill:var(--paper);stroke:var(--c);stroke-width:1.5}
 svg.figure .ring{fill:none;stroke:var(--ink);stroke-width:1.2}
 svg.figure .fail{stroke:var(--c);stroke-width:2;fill:none}
 svg.figure .halo{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
-svg.figure .level{fill:var(--s0);opacity:.075;stroke:none}
+svg.figure .level{fill:var(--ink);opacity:.028;stroke:none}
 svg.figure .contour{stroke:var(--ink);stroke-width:.7;opacity:.28;fill:none}
 """
 

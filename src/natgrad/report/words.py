@@ -47,7 +47,8 @@ def _race(comparison: Comparison) -> list[str]:
             f"{amount(min(steps.values()), 'steps')} and {amount(min(seconds.values()), 'seconds')}",
         )
         return [
-            f"{name} reached the target, {goal} ({target.source}), after {needed}. It ran alone: nothing to compare with."
+            f"{name} reached the target, {goal} ({target.source}), after {needed}.",
+            "It ran alone, so there is nothing to compare it with.",
         ]
     by_steps = _winner(comparison, steps, 0, "steps", f"reached the target, {goal} ({target.source}), after")
     by_seconds = _winner(comparison, seconds, 1, "seconds", "got there after")

@@ -119,9 +119,9 @@ def assembled(
     tuning = Tuning(factors, 1.0, None, trials) if tune else None
     settings = Settings(
         seeds, budget, None, 1000, tuning,
-        f"natgrad compare digits-autoencoder --optimizers {','.join(names)} --seeds {len(seeds)} --budget {budget:g}s --tune",
+        f"natgrad compare digits-autoencoder --optimizers {','.join(names)} --seeds {len(seeds)} --budget {budget:g}s",
     )  # fmt: skip
-    goal = None if target is None else Target(target, "the final loss of adamw")
+    goal = None if target is None else Target(target, "median final training loss of adamw")
     return Comparison(TASK, settings, MACHINE, infos, tuple(runs), goal, rows)
 
 
