@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from step_models import SIZES, Normal, QuadraticProbe, Softmax, join, local_mode
 
 from natgrad.errors import ArgumentError, ShapeError
 from natgrad.step import QuadraticFit
+from natgrad.step.quadratic_fit import minimise_quadratic
 
 DOUBLE = torch.float64
 
@@ -74,6 +76,20 @@ def test_a_previous_step_parallel_to_the_direction_gives_the_step_along_it(facto
     expected = -d * (g @ d / (d @ f @ d + 0.1 * d @ d))
     torch.testing.assert_close(join(step.delta), expected, rtol=1e-7, atol=1e-9)
     assert abs(step.lr) <= 2 * (g @ d / (d @ f @ d + 0.1 * d @ d)).abs().item(), "the minimiser of least norm"
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-15, 1e-10, 1e-3, 0.5, 1.0, 1.5, 2 - 1e-10, 2 - 1e-15, 2.0])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-100, 1e120)])
+def test_two_unknowns_against_the_pseudo_inverse(gap, scales):
+    """K = D K̂ D with K̂ = [[1, r], [r, 1]]: x = −D⁻¹ pinv(K̂) D⁻¹ b."""
+    r, (d1, d2) = 1 - gap, scales
+    b = (0.7, -0.4)
+    matrix = [[d1 * d1, r * d1 * d2], [r * d1 * d2, d2 * d2]]
+    x = minimise_quadratic(matrix, (d1 * b[0], d2 * b[1]), rank_tolerance=1e-14)
+    inverse = numpy.linalg.pinv(numpy.array([[1, r], [r, 1]]), rcond=1e-13, hermitian=True)
+    expected = -inverse @ numpy.array(b) / numpy.array(scales)
+    tolerance = max(1e-12, 1e-15 / max(min(gap, 2 - gap), 1e-12))
+    numpy.testing.assert_allclose(x, expected, rtol=tolerance)
 
 
 @pytest.mark.parametrize("previous", [None, torch.zeros(5, dtype=DOUBLE)])
