@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-# Below this size of x the direct formula for e^x - 1 - x loses digits; the series needs 10 terms for float64.
+# Below this size of x the direct formula for e^x - 1 - x loses digits. Σ x^k/k! from k = 2 up to the given power is
+# then exact to rounding, the first term left out being below its precision.
 _SMALL = 0.1
-_SERIES = [1.0 / math.factorial(k) for k in range(11, 1, -1)]
+_HIGHEST_POWER = {torch.float64: 10, torch.float32: 6}
 
 
 def promote(f: Tensor) -> Tensor:
@@ -21,9 +22,10 @@ def expm1_minus(x: Tensor) -> Tensor:
     """φ(x) = eˣ − 1 − x ≥ 0 without cancellation near 0, where φ(x) ≈ x²/2; differentiable twice everywhere."""
     small = x.abs() < _SMALL
     near = torch.where(small, x, 0.0)
-    series = torch.full_like(x, _SERIES[0])
-    for coefficient in _SERIES[1:]:
-        series = series * near + coefficient
+    highest = _HIGHEST_POWER.get(x.dtype, 10)
+    series = near / math.factorial(highest) + 1 / math.factorial(highest - 1)
+    for k in range(highest - 2, 1, -1):
+        series = series * near + 1 / math.factorial(k)
     return torch.where(small, near.square() * series, torch.expm1(x) - x)
 
 
@@ -38,10 +40,9 @@ def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     positive = p > 0
     d = torch.where(positive, log_q - log_p, 0.0)
-    # p e^d would be 0 · ∞ for large d: there p e^d is q itself.
-    far = q - p - p * d
-    near = p * expm1_minus(d.clamp(max=1.0))
-    return torch.where(d > 1.0, far, torch.where(positive, near, q))
+    # p e^d would be 0 · ∞ for large d, where it is q itself; where p = 0 the difference below is q.
+    far = (d > 1.0) | ~positive
+    return torch.where(far, q - p - p * d, p * expm1_minus(d.clamp(max=1.0)))
 
 
 def diagonal_columns(diagonal: Tensor) -> Tensor:
