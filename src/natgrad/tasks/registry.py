@@ -73,9 +73,9 @@ def load_user_task(reference: str) -> Task:
 
 
 def close_matches(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'kfac' or 'ekfac'?` or an empty string."""
+    """` (did you mean 'kfac' or 'ekfac'?)` or an empty string."""
     matches = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 
 def _find(reference: str, module_name: str, function_name: str) -> Any:
