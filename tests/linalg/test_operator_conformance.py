@@ -59,11 +59,11 @@ def low_rank_of_operator() -> Case:
 
 
 def block_diagonal() -> Case:
-    a, l, r, u = spd(3), spd(2, 1), spd(2, 2), randn(5, 2)
+    a, left, right, u = spd(3), spd(2, 1), spd(2, 2), randn(5, 2)
     operator = la.BlockDiagonalMatrix(
-        {"dense": la.DenseMatrix(a, True), "kron": la.KroneckerProduct(l, r), "low": la.LowRankMatrix(u)}
+        {"dense": la.DenseMatrix(a, True), "kron": la.KroneckerProduct(left, right), "low": la.LowRankMatrix(u)}
     )
-    return operator, blocks(a, kron(l, r), u @ u.mT)
+    return operator, blocks(a, kron(left, right), u @ u.mT)
 
 
 def lower_precision() -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -154,7 +155,7 @@ class WoodburyInverse(LinearOperator):
         return x
 
     def _small_solve(self, c: Tensor) -> Tensor:
-        rows = c.reshape(-1, c.shape[-1])
+        rows = c.reshape(math.prod(c.shape[:-1]), c.shape[-1])
         return torch.cholesky_solve(rows.mT, self.factor).mT.reshape(c.shape)
 
     def diagonal(self) -> Tensor:
