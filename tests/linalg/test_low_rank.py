@@ -37,7 +37,7 @@ def test_solve_of_a_general_vector(damping: float) -> None:
 
 @pytest.mark.parametrize("damping", DAMPINGS)
 def test_solve_in_the_range_survives_tiny_damping(damping: float) -> None:
-    # b = U c: the textbook formula (b − U y)/λ cancels to nothing here. A gradient of the observed batch lies in the range.
+    # b = U c, as the gradient of the observed batch: the textbook formula (b − U y)/λ cancels to nothing here.
     singular = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
     root, basis = root_with(singular, 20)
     b = root @ randn(3, seed=4)
