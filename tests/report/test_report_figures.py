@@ -45,6 +45,15 @@ def test_logarithmic_axes_turn_ratios_into_distances() -> None:
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.11)
 
 
+@pytest.mark.parametrize(("heights", "side"), [([1.0, 1.0, 5.0], "start"), ([5.0, 1.0, 1.0], "end")])
+def test_the_name_of_the_target_avoids_the_curve(heights: list[float], side: str) -> None:
+    curve = Curve("kfac", LOOK, [0, 1, 2], heights)
+    body = figures.lines("n", "T", [curve], x_label="x", y_label="y", reference=(4.5, "target")).body
+    found = re.search(r'text-anchor="(\w+)">target<', body)
+    assert found
+    assert found[1] == side
+
+
 def test_zero_has_a_place_on_an_offset_logarithmic_axis() -> None:
     scale = svg.Scale(0, 999, 0, 300, True, 1.0)
     assert [scale(v) for v in (0, 9, 99, 999)] == pytest.approx([0, 100, 200, 300])
@@ -134,9 +143,6 @@ def test_spread_keeps_labels_apart_and_inside(wanted: list[float]) -> None:
     assert order == sorted(range(len(wanted)), key=lambda k: placed[k])
 
 
-# --- looks -----------------------------------------------------------------------------------------------------------
-
-
 def linear(colour: str) -> np.ndarray:
     channels = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
     return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
@@ -191,9 +197,6 @@ def test_no_two_optimizers_look_alike() -> None:
     assert figures.styles(["sgd", "kfac"])["kfac"].slot == figures.styles(["kfac", "muon", "adamw"])["kfac"].slot
 
 
-# --- numbers behind the pictures -------------------------------------------------------------------------------------
-
-
 def test_band_is_median_and_range_where_all_seeds_have_data() -> None:
     seeds = [([0.0, 2.0, 4.0], [0.0, 2.0, 4.0]), ([0.0, 4.0], [10.0, 10.0]), ([1.0, 3.0], [1.0, 1.0])]
     band = series.band(seeds)
@@ -229,9 +232,6 @@ def test_early_change_asks_for_a_logarithmic_axis() -> None:
     x = [float(k) for k in range(100)]
     assert series.early([(x, [math.exp(-k) for k in x])])
     assert not series.early([(x, [100.0 - k for k in x])])
-
-
-# --- trajectories ----------------------------------------------------------------------------------------------------
 
 
 def bowl() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

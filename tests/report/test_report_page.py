@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,37 @@ def without_kl() -> Comparison:
     return samples.comparison(("lbfgs",), (0, 1))
 
 
+def changed_losses(optimizer: str, change: Callable[[int, float], float]) -> Comparison:
+    """The usual comparison with the evaluated losses of one optimizer ('' for all) passed through ``change``."""
+    c = samples.comparison()
+    runs = []
+    for run in c.runs:
+        if optimizer in ("", run.optimizer):
+            points = [
+                dataclasses.replace(
+                    e,
+                    train_loss=change(e.step, e.train_loss),
+                    test_loss=change(e.step, e.test_loss),
+                    test_metric=math.nan,
+                )
+                for e in run.evaluations
+            ]
+            run = dataclasses.replace(run, evaluations=tuple(points))
+        runs.append(run)
+    names = tuple(i.name for i in c.optimizers)
+    return samples.assembled(names, c.settings.seeds, runs, budget=4.0, target=None, tune=True)
+
+
+def diverging() -> Comparison:
+    """Losses that grow to 1e12, then overflow, in runs that nobody stopped."""
+    return changed_losses("sgd", lambda step, loss: 0.7 * 1.05**step if step < 600 else math.inf)
+
+
+def negative_losses() -> Comparison:
+    """Densities above one have negative log-likelihood losses."""
+    return changed_losses("", lambda step, loss: loss - 0.4)
+
+
 CASES: dict[str, Any] = {
     "usual": samples.comparison,
     "twelve optimizers, some failed": everything,
@@ -117,6 +150,8 @@ CASES: dict[str, Any] = {
     "no run": nothing,
     "no optimizer": lambda: dataclasses.replace(nothing(), optimizers=()),
     "no KL": without_kl,
+    "one diverges": diverging,
+    "negative losses, no metric": negative_losses,
 }
 
 
@@ -136,6 +171,25 @@ def test_page_is_complete_and_self_contained(case: str, tmp_path: Path) -> None:
     assert not re.findall(r"url\((?!#)|@import", html)
     assert not re.search(r"\bnan\b|\binf\b|None|Undefined", re.sub(r"became NaN", "", page.text))
     assert comparison.settings.command in page.text
+
+
+def test_a_diverging_optimizer_does_not_flatten_the_others(tmp_path: Path) -> None:
+    html, page = written(diverging(), tmp_path)
+    assert "are cut off" in page.text
+    assert "sgd ended without a finite loss." in page.text
+    assert "not reached" not in page.text
+    picture = re.search(r'id="train-loss-seconds">.*?</figure>', html, re.S)
+    assert picture
+    kfac = re.search(r'<g class="o0"[^>]*><path d="M([^"]*)" class="series"', picture[0])
+    assert kfac
+    heights = [float(pair.split()[1]) for pair in kfac[1].split("L")]
+    assert max(heights) - min(heights) > 80
+
+
+def test_negative_losses_get_a_linear_axis(tmp_path: Path) -> None:
+    html, page = written(negative_losses(), tmp_path)
+    assert "mean loss per prediction (nats)" in page.text
+    assert "No run has a finite squared error" in html
 
 
 def test_every_svg_has_numbers_inside_its_own_box(tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_a_natural_gradient_that_is_not_second_is_still_named() -> None:
     assert "the best natural gradient, kfac, took 9.00 s (4.50 times as long)" in text[1]
 
 
+def test_a_winning_natural_gradient_is_held_against_the_best_other_method() -> None:
+    text = words.summary(race({"kfac": [(20, 2.0)], "ekfac": [(16, 3.0)], "sgd": [(80, 5.0)]}))
+    assert text[0].endswith(
+        "against 20 steps of kfac (1.25 times as many); the best other method, sgd, took 80 steps (5.00 times as many)."
+    )
+    assert "the best other method, sgd, took 5.00 s (2.50 times as long)" in text[1]
+    never = words.summary(race({"kfac": [(20, 2.0)], "ekfac": [(16, 3.0)], "sgd": [None]}))
+    assert "no other method did." in never[0]
+
+
 def test_overlapping_seeds_are_not_called_settled() -> None:
     close = words.summary(race({"kfac": [(10, 1.0), (30, 3.0)], "sgd": [(28, 4.0), (32, 5.0)]}))
     assert "overlap" in close[0]

@@ -122,7 +122,10 @@ def table(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
     """(optimizer, cells in the order of COLUMNS) for every row of the summary."""
     rows = comparison.summary
     best = {column.key: _best(rows, column, comparison.task.metric_higher_is_better) for column in COLUMNS}
-    return [(row.optimizer, [_cell(row, column, best[column.key]) for column in COLUMNS]) for row in rows]
+    return [
+        (row.optimizer, [_cell(row, column, best[column.key], comparison.target is not None) for column in COLUMNS])
+        for row in rows
+    ]
 
 
 def _best(rows: Sequence[SummaryRow], column: Column, higher: bool) -> float | None:
@@ -136,12 +139,12 @@ def _best(rows: Sequence[SummaryRow], column: Column, higher: bool) -> float | N
     return max(kept) if column.key == "test_metric" and higher else min(kept)
 
 
-def _cell(row: SummaryRow, column: Column, best: float | None) -> Cell:
+def _cell(row: SummaryRow, column: Column, best: float | None, has_target: bool) -> Cell:
     if column.key == "runs":
         return Cell(str(row.runs - row.failed), f"{row.runs - row.failed} of {row.runs}")
     value = getattr(row, column.key)
     if value is None or not math.isfinite(value):
-        missing = "not reached" if column.key.endswith("to_target") else "–"
+        missing = "not reached" if has_target and column.key.endswith("to_target") else "–"
         return Cell("", missing)
     shown = number(value, 3 if column.key == "kl_per_update" else 4)
     if column.key == "seconds_per_step":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from natgrad.report import svg
 from natgrad.report.drawing import HEIGHT, WIDTH, Figure, coloured, empty, frame, spread
@@ -94,10 +95,30 @@ def lines(
     parts.append(f'<g clip-path="url(#{clip})">{bands}{strokes}</g>')
     parts.append(_end_labels(curves, x, y))
     if reference is not None:
-        at = y(reference[0])
-        above = at - 5 if at > _TOP + 18 else at + 14
-        parts.append(svg.text(x.end - 3, above, reference[1], "note halo", "end"))
+        parts.append(_reference_label(reference, curves, x, y))
     return Figure(name, title, "".join(parts))
+
+
+def _reference_label(reference: tuple[float, str], curves: Sequence[Curve], x: Scale, y: Scale) -> str:
+    """The name of the reference line, at the end and on the side of it where it covers least of the curves."""
+    at, width = y(reference[0]), svg.text_width(reference[1], 11)
+    points = [p for c in curves for p in _dense(_visible(c.x, c.middle, x, y))]
+    places = [(x.end - 3, "end", x.end - 3 - width), (x.start + 4, "start", x.start + 4)]
+    best: tuple[int, str] | None = None
+    for baseline in (at - 5, at + 13):
+        for tx, anchor, left in places:
+            covered = sum(left - 3 < px < left + width + 3 and baseline - 11 < py < baseline + 4 for px, py in points)
+            outside = 1000 * (not y.end + 8 <= baseline <= y.start - 2)
+            if best is None or covered + outside < best[0]:
+                best = (covered + outside, svg.text(tx, baseline, reference[1], "note halo", anchor))
+    return best[1] if best else ""
+
+
+def _dense(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points with eight more on every piece between them."""
+    return points + [
+        (a[0] + (b[0] - a[0]) * k / 9, a[1] + (b[1] - a[1]) * k / 9) for a, b in pairwise(points) for k in range(1, 9)
+    ]
 
 
 def _names_margin(names: Sequence[str]) -> float:

@@ -68,7 +68,12 @@ def styles(names: Sequence[str], natural: Mapping[str, bool] | None = None) -> d
         turn = seen.get((slot, solid), 0)
         seen[slot, solid] = turn + 1
         repeat = turn + seen.get((slot, not solid), 0)
-        result[name] = Style(index, slot, dashes[turn % len(dashes)], MARKERS[(slot + repeat) % len(MARKERS)])
+        result[name] = Style(
+            index,
+            slot,
+            dashes[turn % len(dashes)],
+            MARKERS[(slot + 2 * (slot // len(MARKERS)) + repeat) % len(MARKERS)],
+        )
     return result
 
 

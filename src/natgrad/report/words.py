@@ -63,24 +63,25 @@ def _winner(comparison: Comparison, medians: Mapping[str, float], which: int, un
     ranking = sorted(medians, key=lambda name: medians[name])
     first, value = ranking[0], medians[ranking[0]]
     families = {info.name: info.family for info in comparison.optimizers}
-    own = next((name for name in ranking if families.get(name) == "natgrad"), None)
-    lost = families.get(first) != "natgrad" and "natgrad" in families.values()
+    won = families.get(first) == "natgrad"
+    # The best of the other kind is always named: who won within a family says little.
+    kind = "the best other method" if won else "the best natural gradient"
+    rival = next((name for name in ranking if (families.get(name) == "natgrad") != won), None)
+    raced = any((family == "natgrad") != won for family in families.values())
     seeds = len(comparison.runs_of(first))
     over = f" (median of {seeds} seeds)" if seeds > 1 else ""
     head = f"By {unit}, {first} was first: it {reached} {amount(value, unit)}{over}"
     if len(ranking) == 1:
         return f"{head}, and no other optimizer did{_mostly(seeds)}."
     second = ranking[1]
-    also = ", the best natural gradient" if lost and second == own else ""
+    also = ", the best natural gradient" if second == rival and not won else ""
     head += f", against {amount(medians[second], unit)} of {second}{also}{_factor(medians[second], value, unit)}"
     if _overlap(comparison, first, second, which):
         head += "; their seeds overlap, so the order of these two is not settled"
-    if lost and own is None:
-        head += f"; no natural-gradient method did{_mostly(seeds)}"
-    elif lost and own is not None and own != second:
-        head += (
-            f"; the best natural gradient, {own}, took {amount(medians[own], unit)}{_factor(medians[own], value, unit)}"
-        )
+    if rival is None and raced:
+        head += f"; {'no other' if won else 'no natural-gradient'} method did{_mostly(seeds)}"
+    elif rival is not None and rival != second:
+        head += f"; {kind}, {rival}, took {amount(medians[rival], unit)}{_factor(medians[rival], value, unit)}"
     return head + "."
 
 
@@ -123,7 +124,8 @@ def _final_losses(comparison: Comparison) -> list[str]:
     limit = comparison.settings.budget_seconds
     steps = comparison.settings.steps
     given = f" after {number(limit)} s each" if limit is not None else f" after {steps} steps each" if steps else ""
-    return [text + given + "."]
+    lost = [r.optimizer for r in comparison.summary if r not in rows and r.failed < r.runs]
+    return [text + given + "." + (f" {listed(lost)} ended without a finite loss." if lost else "")]
 
 
 def _test(comparison: Comparison) -> str:
@@ -234,9 +236,7 @@ def agreement(ratios: Mapping[str, np.ndarray]) -> str:
 
     def spread(name: str) -> str:
         low, high = np.quantile(ratios[name], (0.1, 0.9))
-        return (
-            f"{number(medians[name], 2)} times the predicted (80 % of updates: {number(low, 2)} to {number(high, 2)})"
-        )
+        return f"{number(medians[name], 2)} times the predicted (80% of updates: {number(low, 2)} to {number(high, 2)})"
 
     text = f"For {best} the measured KL is {spread(best)}"
     return text + (f"; furthest off is {worst}, {spread(worst)}." if worst != best else ".")
