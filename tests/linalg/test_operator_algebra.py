@@ -224,7 +224,9 @@ def test_the_report_of_blocks_is_that_of_the_worst() -> None:
     operator = la.BlockDiagonalMatrix({"good": la.DenseMatrix(spd(2), True), "bad": la.DenseMatrix(nearly, True)})
     assert 0.0 < float(operator.inverse().report.jitter) < 1e-10
     cg = la.BlockDiagonalMatrix({"a": la.DenseMatrix(spd(3), True)}).inverse(solver=la.CG())
-    assert cg.report.method == "cg"
+    assert cg.report.method == "cg" and cg.report.iterations == 0
+    cg.matvec(randn(3))
+    assert cg.report.iterations == 3 and cg.report.residual is not None  # of the latest solve
 
 
 def test_operators_accept_python_and_tensor_scalars() -> None:

@@ -94,6 +94,28 @@ def test_singular_matrix_gets_the_smallest_jitter_that_works() -> None:
     close(factor @ factor.mT, matrix + float(jitter) * eye(6), 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pivot_of_rounding_error_is_not_trusted(dtype: torch.dtype) -> None:
+    # Cholesky itself "succeeds" on some of these rank-two matrices, with an inverse of about 1/eps squared.
+    for seed in range(20):
+        root = randn(6, 2, seed=seed).to(dtype)
+        matrix = root @ root.mT
+        factor, jitter = la.safe_cholesky(matrix)
+        floor = float(la.damping_floor(matrix))
+        assert float(jitter) >= 0.99 * floor
+        largest = 1.0 / float(torch.linalg.eigvalsh(matrix.double() + float(jitter) * eye(6))[0].clamp(min=floor / 10))
+        assert float(torch.cholesky_inverse(factor.double()).abs().max()) <= 20 * largest
+
+
+def test_a_graded_matrix_is_left_alone() -> None:
+    # Nothing is lost to rounding here, however small the entries.
+    scale = torch.logspace(0, -12, 6, dtype=torch.float64)
+    matrix = scale[:, None] * spd(6) * scale
+    factor, jitter = la.safe_cholesky(matrix)
+    assert float(jitter) == 0.0
+    close(factor / scale[:, None], torch.linalg.cholesky(spd(6)), 1e-12)
+
+
 def test_only_the_failed_matrix_of_a_stack_is_jittered() -> None:
     good, bad = spd(4), with_spectrum(torch.tensor([-1e-14, 0.0, 1.0, 2.0], dtype=torch.float64))
     factor, jitter = la.safe_cholesky(torch.stack([good, bad]))

@@ -46,6 +46,7 @@ def test_defaults() -> None:
     matrix = spd(4)
     assert la.DenseMatrix(matrix, True).default_solver() == la.Cholesky()
     assert la.DenseMatrix(matrix).default_solver() == la.LU()
+    assert la.DenseMatrix(torch.zeros(1, 1).expand(9000, 9000), True).default_solver() == la.Cholesky()
     function = la.FunctionOperator(lambda v: v @ matrix, (4, 4), torch.float64)
     assert function.default_solver() == la.CG()
     assert (function + la.LowRankMatrix(randn(4, 1))).default_solver() == la.CG()

@@ -143,6 +143,11 @@ class DenseMatrix(LinearOperator):
     def to_dense(self) -> Tensor:
         return self.matrix
 
+    def default_solver(self) -> Solver:
+        from natgrad.linalg.solvers import LU, Cholesky
+
+        return Cholesky() if self.symmetric else LU()
+
     def diagonal(self) -> Tensor:
         self._require_square("diagonal")
         return self.matrix.diagonal()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError, ShapeError
-from natgrad.linalg.operator import Inverse, LinearOperator, check_damping, merge_reports
+from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping, merge_reports
 
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
@@ -333,8 +333,7 @@ class BlockDiagonalMatrix(LinearOperator):
         """
         values = self._dampings(damping)
         inverses = {name: b.inverse(damping=values[name], solver=solver) for name, b in self.blocks.items()}
-        report = merge_reports({name: inverse.report for name, inverse in inverses.items()})
-        return Inverse(BlockDiagonalMatrix(inverses), report)
+        return Inverse(_InverseBlocks(inverses), SolveReport("blocks"))
 
     def solve(self, b: Tensor, *, damping: Any = 0.0, solver: Solver | None = None) -> Tensor:
         return self.inverse(damping=damping, solver=solver) @ b
@@ -359,6 +358,14 @@ class BlockDiagonalMatrix(LinearOperator):
 
     def _transposed(self) -> LinearOperator:
         return BlockDiagonalMatrix({name: block.T for name, block in self.blocks.items()})
+
+
+class _InverseBlocks(BlockDiagonalMatrix):
+    """The inverses of blocks; ``latest`` is put together when asked for, so that iterative blocks are up to date."""
+
+    @property
+    def latest(self) -> SolveReport:
+        return merge_reports({name: block.report for name, block in self.blocks.items() if isinstance(block, Inverse)})
 
 
 def _composed_solver(operator: LinearOperator, parts: tuple[LinearOperator, ...]) -> Solver:

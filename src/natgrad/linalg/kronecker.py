@@ -16,7 +16,7 @@ from torch import Tensor
 from natgrad.errors import ArgumentError, ShapeError
 from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
-from natgrad.linalg.psd import add_diagonal, damped_eigenvalues, safe_cholesky, safe_eigh
+from natgrad.linalg.psd import add_diagonal, damped_eigenvalues, safe_cholesky, safe_eigh, working_dtype
 
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
@@ -106,12 +106,13 @@ class KroneckerProduct(_MatrixAction):
         taken per element. Undamped terms are kept apart: this is not L ⊗ R + λ I.
         """
         damping = check_damping(damping)
-        left_mean = _diagonal(self.left).mean(-1)
-        right_mean = _diagonal(self.right).mean(-1)
+        left, right = _working(self.left), _working(self.right)
+        left_mean = _diagonal(left).mean(-1)
+        right_mean = _diagonal(right).mean(-1)
         pi = (right_mean / left_mean).sqrt()
         pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, 1.0)
         root = damping.to(pi).sqrt() if isinstance(damping, Tensor) else math.sqrt(damping)
-        return KroneckerProduct(_shift(self.left, root / pi), _shift(self.right, root * pi))
+        return KroneckerProduct(_shift(left, root / pi), _shift(right, root * pi))
 
     def cholesky_inverse(self) -> KroneckerProduct:
         """L⁻¹ ⊗ R⁻¹ through Cholesky factors; a failed factor climbs the ladder of ``safe_cholesky``."""
@@ -256,6 +257,12 @@ def _stack_of(factor: Factor, name: str) -> tuple[int, ...]:
     return tuple(factor.shape[:-2])
 
 
+def _working(factor: Factor) -> Factor:
+    """The factor in the precision of factorisations (itself unless it is in half precision)."""
+    dtype = working_dtype(factor.dtype)
+    return factor.to(dtype) if isinstance(factor, Tensor) else DiagonalMatrix(factor.diag.to(dtype))
+
+
 def _dense(factor: Factor) -> Tensor:
     return factor if isinstance(factor, Tensor) else factor.to_dense()
 
@@ -279,6 +286,7 @@ def _inverse_of(factor: Factor) -> tuple[Factor, Tensor]:
 
 def _eigh_of(factor: Factor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues of a positive semidefinite factor (what rounding made negative is zero) and its basis."""
+    factor = _working(factor)
     values, basis = (factor.diag, None) if isinstance(factor, DiagonalMatrix) else safe_eigh(factor)
     top = values.amax(-1, keepdim=True).clamp(min=0.0)
     # Checked per factor: the product of two negative eigenvalues would hide them.

@@ -14,7 +14,7 @@ from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix
 from natgrad.linalg.compose import ProductOperator, constant_of
 from natgrad.linalg.factored import CholeskyInverse
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
-from natgrad.linalg.psd import safe_cholesky
+from natgrad.linalg.psd import safe_cholesky, working_dtype
 
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
@@ -42,7 +42,11 @@ class LowRankMatrix(LinearOperator):
     def gram_matrix(self) -> Tensor:
         """UᵀU, ``[r, r]``; computed once."""
         if self._gram is None:
-            self._gram = self.root.mT @ self.root if isinstance(self.root, Tensor) else self.root.gram()
+            if isinstance(self.root, Tensor):
+                root = self.root.to(working_dtype(self.dtype))
+                self._gram = root.mT @ root
+            else:
+                self._gram = self.root.gram()
         return self._gram
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ class LowRankMatrix(LinearOperator):
     def trace(self) -> Tensor:
         if self._gram is None and isinstance(self.root, Tensor):
             return self.root.square().sum()
-        return self.gram_matrix().trace()
+        return self.gram_matrix().trace().to(self.dtype)
 
     def quad(self, v: Tensor) -> Tensor:
         return _contract(self.root, self._vector(v, self.shape[1], "quad")).square().sum(-1)
@@ -113,7 +117,9 @@ class LowRankMatrix(LinearOperator):
         # Only a known positive number has a real square root without asking the device.
         if isinstance(scale, Tensor) or scale <= 0.0:
             return None
-        return LowRankMatrix(self.root * float(scale) ** 0.5)
+        scaled = LowRankMatrix(self.root * float(scale) ** 0.5)
+        scaled._gram = None if self._gram is None else self._gram * scale
+        return scaled
 
     def tensors(self) -> dict[str, Tensor]:
         if not isinstance(self.root, Tensor):

@@ -269,7 +269,7 @@ class Inverse(LinearOperator):
 
     @property
     def report(self) -> SolveReport:
-        """Of the factorisation; for an iterative method, of the latest solve."""
+        """Of the factorisation; for an iterative method, of the latest solve; for blocks, the worst of them."""
         latest = getattr(self.operator, "latest", None)
         return latest if isinstance(latest, SolveReport) else self._report
 

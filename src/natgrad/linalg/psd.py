@@ -14,6 +14,8 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage
 
 from natgrad.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 
+# A pivot below this multiple of eps times its diagonal entry is rounding error: the matrix is numerically singular.
+_LOST_PIVOT = 4.0
 # Rungs of diagonal jitter, as multiples of the damping floor: first in the input's precision, then in float64.
 _RUNGS = (1.0, 10.0, 100.0)
 _RUNGS_FLOAT64 = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4)
@@ -60,7 +62,8 @@ def safe_cholesky(matrix: Tensor, damping: float | Tensor = 0.0) -> tuple[Tensor
 
     ``matrix`` is ``[*batch, n, n]``, symmetric (the first try reads its lower triangle); ``damping`` is a number or a
     tensor ``[*batch]``. Returns L ``[*batch, n, n]`` and the jitter ``[*batch]``, zero where the first try succeeded.
-    Half precision is upcast to float32.
+    A factor with a pivot that is mere rounding error counts as failed, so that damping is in effect never below
+    eps · λ_max. Half precision is upcast to float32.
 
     Raises NonFiniteError for NaN or infinity in ``matrix``; NotPositiveDefiniteError when every rung fails.
     """
@@ -143,8 +146,10 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not _is_numerical(error):
             raise
         return torch.zeros_like(matrix), torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    finite = torch.isfinite(factor.diagonal(dim1=-2, dim2=-1).sum(-1))
-    return factor, (info == 0) & finite
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    least = matrix.diagonal(dim1=-2, dim2=-1) * (_LOST_PIVOT * torch.finfo(matrix.dtype).eps)
+    # False for NaN, and for the infinite pivot of an infinite entry.
+    return factor, (info == 0) & (pivots > least).all(-1)
 
 
 def _cholesky_ladder(damped: Tensor, factor: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
