@@ -66,9 +66,7 @@ def test_four_values_with_a_module(module):
 
 
 def test_four_values_with_a_factory(module):
-    name = module(
-        f"def build(seed):\n    torch.manual_seed(seed); return nn.Linear(3, 4)\ndef task():\n    return build, {FOUR[17:]}\n"
-    )
+    name = module(f"{FACTORY}\ndef task():\n    return build, {FOUR.removeprefix('nn.Linear(3, 4), ')}\n")
     task = load_task(f"{name}:task")
     assert not torch.equal(task.model(0).weight, task.model(1).weight)
     assert torch.equal(task.model(1).weight, task.model(1).weight)

@@ -78,8 +78,9 @@ def compare(
     plan = plan or Plan()
     where = torch.device(device)
     task = task.to(where)
-    validate(task)
-    return _Comparing(task, plan, where, on_progress, on_run).result()
+    with torch.random.fork_rng():  # a user's model may draw its weights from the global stream
+        validate(task)
+        return _Comparing(task, plan, where, on_progress, on_run).result()
 
 
 class _Comparing:

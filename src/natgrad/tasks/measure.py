@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import statistics
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from natgrad.tasks.optimizers import OptimizerSpec
+from natgrad.tasks.optimizers import OptimizerSpec, Stepper
 from natgrad.tasks.results import Machine
 from natgrad.tasks.task import Task, take
 
@@ -59,33 +60,30 @@ def memory_of(task: Task, spec: OptimizerSpec, lr: float, seed: int, device: tor
     """(peak bytes of tensors in training, bytes of optimizer state), from a few steps of a model of its own.
 
     The peak counts parameters, gradients, state, activations and temporaries that torch's allocator handed out, not the
-    data set and not libraries' own workspaces. It runs the first batches of the seed's order, outside any clock.
+    batch and not libraries' own workspaces. It repeats the first batch of the seed's order, outside any clock.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
+    order = torch.randperm(task.train_rows, generator=torch.Generator().manual_seed(seed))
+    batch = order[: task.batch_size].to(device)
+    inputs, targets = take(task.train[0], batch), take(task.train[1], batch)
+
+    def probe() -> Stepper:
         torch.manual_seed(seed)
-        model = task.model(seed).train()
-        stepper = spec.build(model, task.likelihood, lr)
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        order = torch.randperm(task.train_rows, generator=generator)
-        batch = order[: task.batch_size].to(device)
-        inputs, targets = take(task.train[0], batch), take(task.train[1], batch)
+        stepper = spec.build(task.model(seed).train(), task.likelihood, lr)
+        for _ in range(_PROBE_STEPS):
+            stepper.step(inputs, targets)
+        return stepper
 
-        def steps() -> None:
-            for _ in range(_PROBE_STEPS):
-                stepper.step(inputs, targets)
-
+    gc.collect()  # garbage of earlier runs must not be freed while the allocator is watched
+    with torch.random.fork_rng():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            steps()
-            peak = torch.cuda.max_memory_allocated(device) - before
-        else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-                steps()
-            peak = _peak_of(trace)
-    return (None if peak is None else parameters + peak), stepper.state_bytes()
+            stepper = probe()
+            return torch.cuda.max_memory_allocated(device) - before, stepper.state_bytes()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+            stepper = probe()
+        return _peak_of(trace), stepper.state_bytes()
 
 
 def _peak_of(trace: torch.profiler.profile) -> int | None:
