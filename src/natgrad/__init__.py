@@ -1,6 +1,7 @@
 """natgrad: natural gradient descent for PyTorch."""
 
 from natgrad import linalg
+from natgrad.diagnostics import audit
 from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
 from natgrad.metric import (
     BlockDiagonal,
@@ -92,6 +93,7 @@ __all__ = [
     "TrustRegion",
     "TrustRegionNGD",
     "Weighted",
+    "audit",
     "fisher",
     "hessian",
     "linalg",
