@@ -210,6 +210,14 @@ def test_learned_parameters_hidden_in_composed_transforms() -> None:
         FromDistribution(builder).kl(outputs(3, 1), outputs(3, 1))
 
 
+def test_cached_values_of_a_transform_are_not_parameters() -> None:
+    exp = distributions.ExpTransform(cache_size=1)
+    likelihood = FromDistribution(lambda f: distributions.TransformedDistribution(normal(f), [exp]))
+    f = outputs(3, 2)
+    likelihood.sample(f)
+    assert torch.allclose(dense(likelihood, f), dense(FromDistribution(normal), f), rtol=1e-12)
+
+
 def test_estimated_fisher_of_student() -> None:
     """Information of StudentT(ν, μ, σ): (ν+1)/((ν+3)σ²) in μ and 2ν/(ν+3) in log σ."""
     f = outputs(3, 2)

@@ -210,6 +210,14 @@ def test_poisson_and_gaussian_at_extreme_outputs() -> None:
     assert Gaussian().kl(far, -far).item() == pytest.approx(2e30)
 
 
+def test_gradient_of_kl_between_distant_rates() -> None:
+    """q/p overflows float32 although p and q do not."""
+    f, g = torch.tensor([[-50.0]], requires_grad=True), torch.tensor([[50.0]], requires_grad=True)
+    of_f, of_g = torch.autograd.grad(Poisson().kl(f, g).sum(), (f, g))
+    assert of_f.item() == pytest.approx(-100 * math.exp(-50), rel=1e-5)
+    assert of_g.item() == pytest.approx(math.exp(50), rel=1e-5)
+
+
 @pytest.mark.parametrize("likelihood", ALL, ids=str)
 def test_small_kl_keeps_its_digits_in_float32(likelihood: Likelihood) -> None:
     """KL of a step of 1e-4 is about 1e-8, below float32's rounding of log-probabilities."""

@@ -169,6 +169,9 @@ CASES = [
     (Bernoulli(), math.nan),
     (Poisson(), math.inf),
     (FromDistribution(lambda f: distributions.Normal(f, 1.0)), math.nan),
+    (FromDistribution(lambda f: distributions.Gamma(f[..., 0].exp(), f[..., 1].exp())), math.nan),
+    (FromDistribution(lambda f: distributions.LogNormal(f[..., 0], f[..., 1].exp())), -1.0),
+    (FromDistribution(lambda f: distributions.Categorical(logits=f)), 999),
     (Categorical(), 999),
 ]
 
@@ -189,6 +192,15 @@ def test_labels_of_weight_zero_may_be_anything(inner: Likelihood, missing: float
     expected = w.unsqueeze(-1) * inner.score(f, y)
     assert torch.allclose(gradient, expected, atol=1e-14)
     assert torch.allclose(likelihood.score(f, (broken, w)), expected, atol=1e-14)
+
+
+def test_weights_at_dropped_labels_do_not_matter() -> None:
+    f, y = outputs(3, size=1), torch.tensor([[2.0], [0.0], [4.0]], dtype=torch.float64)
+    likelihood = Weighted(Poisson(), weights=lambda y: 1 / y[..., 0])
+    mask = torch.tensor([1, 0, 1])
+    likelihood.check_target(f, (y, mask))
+    assert likelihood.weights(f, (y, mask)).tolist() == [0.5, 0.0, 0.25]
+    assert likelihood.nll(f, (y, mask)).isfinite().all()
 
 
 def test_integer_weight_is_a_repeated_example() -> None:

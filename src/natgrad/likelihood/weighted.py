@@ -14,6 +14,7 @@ from natgrad.errors import ArgumentError, ShapeError, UnsupportedError
 from natgrad.likelihood._math import promote
 from natgrad.likelihood.base import Likelihood, Target
 from natgrad.likelihood.categorical import Categorical
+from natgrad.likelihood.distribution import FromDistribution
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -178,8 +179,7 @@ class Weighted(Likelihood):
             weight = keep if weight is None else weight * keep
         if weight is not None:
             dropped = (weight == 0).reshape(weight.shape + (1,) * (labels.ndim - weight.ndim))
-            harmless = torch.nan_to_num(labels, 0.0, 0.0, 0.0) if labels.is_floating_point() else 0
-            labels = torch.where(dropped, harmless, labels)
+            labels = torch.where(dropped, self._stand_in(f, labels), labels)
         if self.function is not None:
             own = self.function(labels)
             if not isinstance(own, Tensor) or own.shape != f.shape[:-1]:
@@ -190,6 +190,14 @@ class Weighted(Likelihood):
                 )
             weight = _times(own.to(promote(f).dtype), weight)
         return labels, weight
+
+    def _stand_in(self, f: Tensor, labels: Tensor) -> Tensor | int:
+        """Labels that can be used in place of dropped ones, whose loss and score have to be finite."""
+        if isinstance(self.likelihood, FromDistribution):
+            # 0 may lie outside the support
+            drawn = self.likelihood.sample(f, generator=torch.Generator().manual_seed(0))[0]
+            return drawn if drawn.shape == labels.shape else labels
+        return torch.nan_to_num(labels, 0.0, 0.0, 0.0) if labels.is_floating_point() else 0
 
     def _loss_target(self, f: Tensor, y: Target) -> tuple[Tensor, Tensor | None]:
         """(t, w) with weighted nll = w · nll(f, t), where t is dense only if smoothing or soft targets need it."""
