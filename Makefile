@@ -1,7 +1,7 @@
 # Every target does its own set-up in .venv. `make run` is the main job; `make test` and `make check` are what CI runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # Two test workers share the machine: one thread each beats oversubscription.
 WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .PHONY: run test test-slow check format bench docs clean
 
 run: .venv/.installed-run
-	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --out runs/digits
+	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --threads 1 --out runs/digits
 
 test: .venv/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -q
@@ -41,9 +41,11 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed-run: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[tasks,report,cli]'
-	touch $@
+	@echo 'Installing natgrad and what it needs into .venv ...'
+	@$(PIP) --editable '.[tasks,report,cli]'
+	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[dev]'
-	touch $@ .venv/.installed-run
+	@echo 'Installing natgrad and its development tools into .venv ...'
+	@$(PIP) --editable '.[dev]'
+	@touch $@ .venv/.installed-run

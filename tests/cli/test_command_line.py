@@ -29,7 +29,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_compare_writes_report_and_numbers():
-    result = run("compare", "diabetes", "--optimizers", "sgd, adamw", "--seeds", "2", "--steps", "5")
+    result = run("compare", "diabetes", "--optimizers", "sgd, adamw", "--seeds", "2", "--steps", "5", "--threads", "1")
     assert result.exit_code == 0, result.output
     folder = Path("runs/diabetes")
     found = Comparison.load(folder / "comparison.json")
@@ -39,6 +39,7 @@ def test_compare_writes_report_and_numbers():
         ("sgd", 1, 5),
         ("adamw", 1, 5),
     ]
+    assert found.machine.threads == 1
     page = (folder / "report.html").read_text()
     assert "diabetes" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert str(folder / "report.html") in result.output
@@ -55,6 +56,7 @@ def test_compare_writes_report_and_numbers():
         (("compare", "digits", "--budget", "5s", "--steps", "3"), "not both"),
         (("compare", "digits", "--steps", "0"), "at least 1"),
         (("compare", "digits", "--seeds", "0"), "--seeds must be at least 1"),
+        (("compare", "digits", "--threads", "0"), "--threads must be at least 1"),
         (("compare", "digits", "--device", "gpuu"), "--device 'gpuu'"),
         (("compare", "fashion-mnist"), "Fashion-MNIST"),
         (("compare", "digits", "--data", "."), "leave --data out"),

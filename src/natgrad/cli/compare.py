@@ -40,6 +40,9 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Folder of the files that mnist and fashion-mnist read.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/TASK.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch. One is best for small models. Default: torch's own choice.")
+    ] = None,
 ) -> None:
     """Train one task with several optimizers under equal conditions, and write a report.
 
@@ -48,6 +51,7 @@ def compare(
     with clear_errors():
         plan = make_plan(optimizers, seeds, budget, steps, tune)
         folder = out if out is not None else Path("runs") / re.sub(r"[^\w.-]+", "-", task)
+        set_threads(threads)
         check_device(device)
         check_writable(folder)
         from natgrad.report import write_comparison  # before training, so that a missing extra costs nothing
@@ -94,6 +98,17 @@ def parse_seconds(text: str) -> float:
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
         raise ArgumentError(f"--budget {text!r} is not a time; write for example 60s, 2m or 1h.")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's threads for this process; None leaves them."""
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise ArgumentError(f"--threads must be at least 1, got {threads}.")
+    torch.set_num_threads(threads)
 
 
 def check_device(device: str) -> None:
