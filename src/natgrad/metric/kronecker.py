@@ -89,7 +89,7 @@ class Kronecker(Structure):
                 signs = random_signs(columns.shape[:2], columns, generator)
                 signed = columns * signs.reshape(*columns.shape[:2], *[1] * (columns.dim() - 2))
                 grads = tape.backward([parameters[c.parameters[0]] for c in raw], signed)
-                rows.update({c.name: g.flatten(1) for c, g in zip(raw, grads, strict=True) if g is not None})
+                rows.update({c.name: g.reshape(len(g), -1) for c, g in zip(raw, grads, strict=True) if g is not None})
             yield rows
 
     def _moments(self, rows: Rows | Tensor, factor: Factor, first: bool) -> dict[str, Moment]:

@@ -68,7 +68,7 @@ class Cell:
         else:
             parts = list(vector.split([shape.numel() for shape in self.shapes], -1))
         return {
-            name: part.reshape(*batch, *shape)
+            name: part.reshape((*batch, *shape))
             for name, part, shape in zip(self.parameters, parts, self.shapes, strict=True)
         }
 
@@ -144,7 +144,7 @@ class Partition:
             )
         shapes, batch = self.shapes, flat.shape[:-1]
         parts = flat.split([prod(shapes[name]) for name in self.order], -1)
-        return self.pack({n: t.reshape(*batch, *shapes[n]) for n, t in zip(self.order, parts, strict=True)})
+        return self.pack({n: t.reshape((*batch, *shapes[n])) for n, t in zip(self.order, parts, strict=True)})
 
     def join(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """Flat vector ``[*batch, P]`` in ``model.parameters()`` order."""

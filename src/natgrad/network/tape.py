@@ -103,7 +103,7 @@ class Tape:
             grads = [grad[i] for grad in per_column]
             if all(g is None for g in grads):
                 continue
-            out[cell.name] = DenseRows(accumulation(torch.stack([g.flatten(1) for g in grads if g is not None])))
+            out[cell.name] = DenseRows(accumulation(torch.stack([g.reshape(n, -1) for g in grads if g is not None])))
         return out
 
     def backward(self, targets: Sequence[Tensor | GradientEdge], columns: Tensor) -> list[Tensor | None]:
@@ -122,8 +122,9 @@ class Tape:
         except RuntimeError as error:
             if "checkpoint" in str(error).lower():
                 raise UnsupportedError(
-                    "The forward pass uses reentrant activation checkpointing, which allows no backward pass but the "
-                    "loss's own. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                    "The forward pass uses activation checkpointing that allows no backward pass but the loss's own: it "
+                    "is reentrant, or it wraps the whole model. Use torch.utils.checkpoint.checkpoint(..., "
+                    "use_reentrant=False) on parts of the model."
                 ) from error
             if "second time" in str(error) or "modified by an inplace" in str(error):
                 raise StaleTapeError(
