@@ -65,6 +65,20 @@ class Curvature:
             if _BASIS + "right" in slot
         }
 
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether a block has no inverse, or one that is not kept: iterative solves follow the latest averages."""
+        return any(b.name not in self.inverses or not _kept(self.inverses[b.name]) for b in self.partition.blocks)
+
+    def forget_all_but(self, partition: Partition) -> None:
+        """Drop what is known of blocks that ``partition`` does not share (a parameter was frozen or unfrozen)."""
+        same = set(partition.blocks)
+        for block in self.partition.blocks:
+            if block not in same:
+                slot = self._slots[block.name]
+                for key in [k for k in slot if isinstance(k, str) and k.startswith(STATE_PREFIXES)]:
+                    del slot[key]
+
     def update(self, statistics: Statistics) -> None:
         """Take in the statistics of one step."""
         if not self.metric.averaged:
@@ -149,11 +163,10 @@ class Curvature:
         slot = self._slots[name]
         for key in [k for k in slot if isinstance(k, str) and k.startswith(_INVERSE)]:
             del slot[key]
-        matrix = inverse.operator if isinstance(inverse, Inverse) else inverse
-        kind = getattr(matrix, "kind", None)
-        if kind in MATRICES:
-            for key, tensor in matrix.tensors().items():  # type: ignore[attr-defined]
-                slot[f"{_INVERSE}{kind}.{key}"] = tensor
+        if _kept(inverse):
+            matrix: Any = _matrix(inverse)
+            for key, tensor in matrix.tensors().items():
+                slot[f"{_INVERSE}{matrix.kind}.{key}"] = tensor
 
     def _restore(self) -> None:
         """Operators and inverses from the state of a checkpoint; nothing where there is none."""
@@ -168,6 +181,15 @@ class Curvature:
                     found.setdefault(kind, {})[part] = tensor
             for kind, tensors in found.items():
                 self.inverses[name] = MATRICES[kind].from_tensors(tensors)
+
+
+def _matrix(inverse: LinearOperator) -> LinearOperator:
+    return inverse.operator if isinstance(inverse, Inverse) else inverse
+
+
+def _kept(inverse: LinearOperator) -> bool:
+    """Whether an inverse is a matrix that a checkpoint can hold."""
+    return getattr(_matrix(inverse), "kind", None) in MATRICES
 
 
 def _average(slot: Mapping[str, Tensor], kind: str, like: Tensor) -> Average:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,27 +18,95 @@ from natgrad.metric import Statistics
 from natgrad.network import Pass, RandomState, Recorder, Tape, is_replaying, output_tensor
 
 
-@dataclass
+class _Life:
+    """Lives as long as the graph of one output: the hook on that output alone holds it."""
+
+
+@dataclass(eq=False)
 class Observation:
-    """One training pass of the model.
+    """One training pass of the model. Keeps the pass's graph alive no longer than the user does.
 
     Attributes:
-        tape: what the layers saw; None where no statistics are due.
+        tape: what the layers saw; None where no statistics are due, and once they are taken.
         observed: how to run the pass again.
-        raw: what the model returned (weakly needed to find an output that is given explicitly).
-        output: the tensor that the likelihood reads; None until it is known.
+        leaves: weak references to the tensors that the model returned, None for what is not a tensor.
+        source: weak reference to the tensor that the likelihood reads; None until it is known.
+        output: its value, detached.
         target: the labels, where they were given.
         statistics: what the metric keeps of the pass, once computed.
-        used: whether a backward pass reached the output, or the user observed it explicitly.
+        reached: whether a backward pass reached the output.
+        explicit: whether the user observed the output explicitly.
+        skipped: whether the pass is left out, because its output is not finite.
     """
 
     tape: Tape | None
     observed: Pass
-    raw: Any
-    output: Tensor | None
+    leaves: list[weakref.ref[Tensor] | None]
+    source: weakref.ref[Tensor] | None = None
+    output: Tensor | None = None
     target: Target | None = None
     statistics: Statistics | None = None
-    used: bool = False
+    reached: bool = False
+    explicit: bool = False
+    skipped: bool = False
+    _own: bool = False
+    _life: weakref.ref[_Life] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether the pass counts for the next step."""
+        return self.reached or self.explicit
+
+    @property
+    def alive(self) -> bool:
+        """Whether the pass counts, or may yet: the user still holds its output or the graph behind it."""
+        held = any(leaf is not None and leaf() is not None for leaf in self.leaves)
+        return self.used or held or (self._life is not None and self._life() is not None)
+
+    def complete(self, output: Tensor) -> None:
+        """Take ``output`` as what the likelihood reads, and notice when a backward pass reaches it."""
+        state, life = weakref.ref(self), _Life()
+        self.source, self.output, self._life = weakref.ref(output), output.detach(), weakref.ref(life)
+
+        def reached(gradient: Tensor, life: _Life = life) -> None:
+            seen = state()
+            if seen is not None and not seen._own:
+                seen.reached = True
+
+        output.register_hook(reached)
+
+    @contextmanager
+    def differentiating(self, output: Tensor) -> Iterator[Tape]:
+        """The tape with its output, for backward passes of natgrad's own, which do not count as the user's."""
+        assert self.tape is not None
+        tape, self._own = self.tape, True
+        tape.output = output
+        try:
+            yield tape
+        finally:
+            tape.output, self._own = None, False
+
+
+class _Hook:
+    """A hook that holds its observer weakly, and serves no module but the observer's own.
+
+    Copies of the model (an EMA, a target network, a pickled file) carry the hook along, without an observer.
+    """
+
+    def __init__(self, observer: Observer | None, when: str) -> None:
+        self._observer, self._when = None if observer is None else weakref.ref(observer), when
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        observer = None if self._observer is None else self._observer()
+        if observer is None or module is not observer.model:
+            return
+        if self._when == "before":
+            observer._start(module)
+        else:
+            observer._finish(args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._when)
 
 
 @dataclass(eq=False)
@@ -48,12 +116,12 @@ class Observer:
     Args:
         model: the network.
         wants_tape: whether the next pass's layers are to be recorded.
-        on_pass: called with each finished observation whose output is known.
+        on_pass: called with each finished observation whose output is known, and with that output.
     """
 
     model: nn.Module
     wants_tape: Callable[[], bool]
-    on_pass: Callable[[Observation], None]
+    on_pass: Callable[[Observation, Tensor], None]
     observations: list[Observation] = field(default_factory=list)
     _recorder: Recorder | None = None
     _random: RandomState | None = None
@@ -62,23 +130,9 @@ class Observer:
     _paused: bool = False
 
     def __post_init__(self) -> None:
-        owner = weakref.ref(self)
-
-        # Plain functions with a weak reference: a deep copy of the model (an EMA, a target network) carries them
-        # along without the optimizer, and they do nothing there.
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            observer = owner()
-            if observer is not None and module is observer.model:
-                observer._start(module)
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            observer = owner()
-            if observer is not None and module is observer.model:
-                observer._finish(args, kwargs, output)
-
         self._handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            self.model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
+            self.model.register_forward_hook(_Hook(self, "after"), with_kwargs=True, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -123,7 +177,7 @@ class Observer:
         self._recorder = Recorder(module) if self.wants_tape() else None
 
     def _finish(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)
         if self._depth > 0:
             return
         recorder, self._recorder = self._recorder, None
@@ -134,7 +188,9 @@ class Observer:
             return
         tape = recorder.tape if recorder is not None else None
         found = output_tensor(output)
-        observation = Observation(tape, Pass(self.model, args, kwargs, random), output, found)
+        leaves = [weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
+        observation = Observation(tape, Pass(self.model, args, kwargs, random), leaves)
+        self.observations = [o for o in self.observations if o.alive]
         self.observations.append(observation)
         if found is not None:
             self._complete(observation, found)
@@ -145,19 +201,9 @@ class Observer:
             raise ArgumentError(
                 f"The batch is empty: the model's output has shape {tuple(output.shape)}. Skip empty batches."
             )
-        observation.output = output
-        if observation.tape is not None:
-            observation.tape.output = output
         if output.requires_grad:
-            self.on_pass(observation)
-            state = weakref.ref(observation) if hasattr(observation, "__weakref__") else (lambda: observation)
-
-            def reached(gradient: Tensor) -> None:
-                seen = state()
-                if seen is not None:
-                    seen.used = True
-
-            output.register_hook(reached)
+            observation.complete(output)
+            self.on_pass(observation, output)
 
     def find(self, output: Tensor) -> Observation:
         """The observation that ``output`` belongs to, completed with it where it was not known yet.
@@ -166,15 +212,12 @@ class Observer:
             StaleTapeError: no recorded pass produced it.
         """
         for observation in reversed(self.observations):
-            if observation.output is output:
+            if observation.source is not None and observation.source() is output:
                 return observation
-            for i, leaf in enumerate(pytree.tree_leaves(observation.raw)):
-                if leaf is output:
+            for i, leaf in enumerate(observation.leaves):
+                if leaf is not None and leaf() is output:
                     previous = observation.observed
-                    observation.observed = Pass(
-                        previous.model, previous.args, previous.kwargs, previous.random,
-                        lambda raw, i=i: pytree.tree_leaves(raw)[i],
-                    )  # fmt: skip
+                    observation.observed = replace(previous, select=lambda raw, i=i: pytree.tree_leaves(raw)[i])
                     observation.statistics = None
                     self._complete(observation, output)
                     return observation
@@ -188,6 +231,19 @@ class Observer:
             f"The observed output does not belong to a recorded forward pass: {why}. Give observe() the very tensor "
             "that model(...) returned, in training mode, before the next step."
         )
+
+    def keep(self, observation: Observation) -> None:
+        """Forget every other pass."""
+        self.observations = [observation]
+
+    def forget_reached(self) -> None:
+        """Forget the passes whose gradients are being discarded; those that no backward pass reached yet stay."""
+        self.observations = [o for o in self.observations if not o.reached]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether a pass was seen whose output could not be told from what the model returned."""
+        return any(o.source is None for o in self.observations)
 
     def take(self) -> list[Observation]:
         """The observations that count for this step; all are forgotten."""

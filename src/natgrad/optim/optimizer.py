@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ArgumentError, NotObservedError, UnsupportedError
+from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotObservedError, UnsupportedError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import Solver
-from natgrad.metric import Fisher, Metric, Statistics
+from natgrad.metric import Euclidean, Fisher, Metric, Statistics
 from natgrad.metric.running import Refresh
 from natgrad.network import BlockVector, Partition, RandomState, trainable_parameters, uncovered_parameters
 from natgrad.optim.checks import check_arguments, parse_evaluation
@@ -22,6 +23,7 @@ from natgrad.optim.curvature import Curvature
 from natgrad.optim.observer import Observation, Observer
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
+from natgrad.step.local import rejected
 
 Closure = Callable[[], Any]
 
@@ -118,6 +120,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature: Curvature | None = None
         self._uncovered: dict[str, str] | None = None
         self._steps = 0
+        self._unknown = False  # whether a pass was seen whose output could not be told
+        self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
         self._observer = Observer(model, self._wants_tape, self._on_pass)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
         super().__init__(list(parameters.values()), defaults)
@@ -139,27 +143,33 @@ class NaturalGradient(torch.optim.Optimizer):
     def _statistics_due(self) -> bool:
         if not self._metric.needs_observation:
             return False
-        return not self._metric.averaged or self._refresh.statistics_due(self._steps) or self._curvature is None
+        if not self._metric.averaged or self._refresh.statistics_due(self._steps) or self._curvature is None:
+            return True
+        return self._changed or self._curvature.partition.order != tuple(trainable_parameters(self._model))
 
-    def _on_pass(self, observation: Observation) -> None:
+    def _on_pass(self, observation: Observation, output: Tensor) -> None:
         """Statistics right after the forward pass, while its graph is whole; later where the target is needed."""
         needs_target = self._metric.needs_target or self._likelihood.needs_target
         if observation.tape is not None and not needs_target:
-            self._take_statistics(observation)
+            self._take_statistics(observation, output)
 
-    def _take_statistics(self, observation: Observation) -> None:
-        tape = observation.tape
-        assert tape is not None
-        with torch.enable_grad():
+    def _take_statistics(self, observation: Observation, output: Tensor) -> None:
+        self._likelihood.check_output(output)
+        with observation.differentiating(output) as tape:
             if self._uncovered is None:
-                self._uncovered = uncovered_parameters(tape, self._generator)
-        curvature = self._curvature_for(self._partition())
-        bases = dict(curvature.bases)
-        for other in self._observer.observations:
-            bases |= getattr(other.statistics, "bases", {})
-        observation.statistics = self._metric.statistics(
-            tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
-        )
+                # What the layers' rules account for cannot be told from NaN; wait for a pass that is finite.
+                observation.skipped = not bool(torch.isfinite(output).all())
+                if observation.skipped:
+                    return
+                with torch.enable_grad():
+                    self._uncovered = uncovered_parameters(tape, self._generator)
+            curvature = self._curvature_for(self._partition())
+            bases = dict(curvature.bases)
+            for other in self._observer.observations:
+                bases |= getattr(other.statistics, "bases", {})
+            observation.statistics = self._metric.statistics(
+                tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
+            )
         observation.tape = None  # the layers' inputs are no longer needed
 
     def observe(self, output: Tensor, target: Target | None = None) -> None:
@@ -180,11 +190,16 @@ class NaturalGradient(torch.optim.Optimizer):
             self._likelihood.check_output(output)
             self._likelihood.check_target(output, target)
             observation.target = target
-        observation.used = True
+        observation.explicit = True
         if observation.tape is not None and observation.statistics is None:
             ready = target is not None or not (self._metric.needs_target or self._likelihood.needs_target)
             if ready:
-                self._take_statistics(observation)
+                self._take_statistics(observation, output)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; passes whose gradients are thus discarded do not count for the next step either."""
+        super().zero_grad(set_to_none)
+        self._observer.forget_reached()
 
     # The step
 
@@ -203,13 +218,18 @@ class NaturalGradient(torch.optim.Optimizer):
             NotObservedError: curvature is needed and no training pass was observed.
         """
         loss, again, random = self._evaluate(closure)
-        observations = self._observer.take()
-        gradients = self._gradients()
+        gradients, observations = self._gradients(), self._take_observations()
         if not gradients or not self._ready(observations, gradients):
             return loss
-        curvature = self._update_curvature(observations)
-        step = self._search_step(curvature, gradients, observations, loss, again, random)
-        self._apply(step)
+        try:
+            curvature = self._update_curvature(observations)
+            step, direction = self._search_step(curvature, gradients, observations, loss, again, random)
+        except (ConvergenceError, NonFiniteError):
+            if _finite(gradients):
+                raise
+            self.last = _skipped(self._damping)
+            return loss
+        self._apply(step, direction)
         self._steps += 1
         for p in self.param_groups[0]["params"]:
             if p in self.state:
@@ -218,20 +238,31 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @torch.no_grad()
     def precondition_(self) -> None:
-        """Replace every ``.grad`` by the natural gradient ``(F + λI)⁻¹ g``, for another optimizer to apply."""
-        observations = self._observer.take()
-        gradients = self._gradients()
+        """Replace every ``.grad`` by the natural gradient ``(F + λI)⁻¹ g``, for another optimizer to apply.
+
+        A gradient that is not finite becomes zero.
+        """
+        gradients, observations = self._gradients(), self._take_observations()
         if not gradients or not self._ready(observations, gradients):
             return
-        curvature = self._update_curvature(observations)
-        direction = self._precondition(curvature, gradients)
-        parameters = trainable_parameters(self._model)
+        try:
+            curvature = self._update_curvature(observations)
+            direction = self._precondition(curvature, gradients)
+        except (ConvergenceError, NonFiniteError):
+            if _finite(gradients):
+                raise
+            for grad in gradients.values():
+                grad.zero_()
+            return
         finite = torch.stack([torch.isfinite(d).all() for d in direction.values()]).all()
         for name, value in curvature.partition.unpack(direction).items():
-            grad = parameters[name].grad
-            if grad is not None:
-                grad.copy_(torch.where(finite, value, 0.0))
+            if name in gradients:
+                gradients[name].copy_(torch.where(finite, value, 0.0))
         self._steps += 1
+
+    def _take_observations(self) -> list[Observation]:
+        self._unknown = self._observer.unknown
+        return self._observer.take()
 
     def _evaluate(self, closure: Closure | None) -> tuple[Any, Closure | None, RandomState | None]:
         if closure is None:
@@ -251,6 +282,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.zero_grad()
         with torch.enable_grad():
             self.observe(output, target)
+            # The closure may have run the model more than once; the output it returned is what counts.
+            self._observer.keep(self._observer.find(output))
             loss.backward()
 
         def again() -> tuple[Tensor, Tensor]:
@@ -271,12 +304,21 @@ class NaturalGradient(torch.optim.Optimizer):
         return gradients
 
     def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
-        """Whether a step can be taken; an all-zero gradient without any observation takes none."""
+        """Whether a step can be taken: none for zero gradients without any observation, none where all is NaN."""
+        if observations and all(o.skipped for o in observations):
+            self.last = _skipped(self._damping)
+            return False
         needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
         if not needed or observations or not self._metric.needs_observation and not self._needs_probe():
             return True
         if not any(bool(g.any()) for g in gradients.values()):
             return False
+        if self._unknown:
+            raise NotObservedError(
+                "step() found gradients, and a training pass of the model was seen, but not which tensor in what it "
+                "returned the likelihood reads. Call opt.observe(output) before loss.backward(), or return "
+                "(loss, output) from a closure."
+            )
         raise NotObservedError(
             "step() found gradients, but no training pass of the model was observed since the last step. Run the model "
             "in training mode (model.train()) and not through a copy; if it was compiled after the optimizer was made, "
@@ -294,6 +336,9 @@ class NaturalGradient(torch.optim.Optimizer):
             parameters = trainable_parameters(self._model)
             known = {id(p) for p in self.param_groups[0]["params"]}
             self.param_groups[0]["params"] += [p for p in parameters.values() if id(p) not in known]
+            if self._curvature is not None:
+                self._curvature.forget_all_but(partition)
+                self._changed = True
             self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
         return self._curvature
 
@@ -301,13 +346,16 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
             curvature.update(self._statistics(observations, curvature.partition))
-        if not curvature.inverses or self._refresh.inverse_due(self._steps):
+            self._changed = False
+        if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._damping, self._solver)
         return curvature
 
     def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
         total: Statistics | None = None
         for observation in observations:
+            if observation.skipped:
+                continue
             if self._metric.replayed:
                 with torch.enable_grad():
                     found: Any = self._metric.products(
@@ -329,7 +377,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _precondition(self, curvature: Curvature, gradients: dict[str, Tensor]) -> BlockVector:
         vectors = self._pack(curvature.partition, gradients)
-        return {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
+        direction = {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
+        moved = curvature.partition.unpack(direction)
+        if len(moved) == len(gradients):
+            return direction
+        # A parameter without gradient stays where it is, even where its block couples it to others.
+        return self._pack(curvature.partition, {n: d for n, d in moved.items() if n in gradients})
 
     @staticmethod
     def _pack(partition: Partition, tensors: dict[str, Tensor]) -> BlockVector:
@@ -352,7 +405,7 @@ class NaturalGradient(torch.optim.Optimizer):
         loss: Any,
         again: Closure | None,
         random: RandomState | None,
-    ) -> Step:
+    ) -> tuple[Step, BlockVector]:
         group, partition = self.param_groups[0], curvature.partition
         lr, decay = group["lr"], group["weight_decay"]
         parameters = trainable_parameters(self._model)
@@ -364,9 +417,9 @@ class NaturalGradient(torch.optim.Optimizer):
         gradient = self._pack(partition, gradients)
         probe = None
         if self._needs_probe():
-            probe = ModelProbe(self._model, partition, self._likelihood, observations, again, random)
-            if again is None:
-                loss = probe.loss()
+            penalty = decay if self._search.needs_probe else 0.0
+            probe = ModelProbe(self._model, partition, self._likelihood, observations, again, random, penalty)
+            loss = probe.loss() if again is None else loss + probe.penalty()
         local = LocalModel(
             gradient,
             {n: curvature.operators[n] for n in direction},
@@ -374,13 +427,14 @@ class NaturalGradient(torch.optim.Optimizer):
             self._damping.value,
             loss=loss if isinstance(loss, Tensor) else None,
             previous=self._previous(partition, direction),
+            block_damping={n: self._damping.amount(curvature.operators[n]) for n in direction},
         )
         step = self._search(local, direction, lr, probe)
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), local.loss)
             self._damping = self._damping.update(step)
-        return step
+        return step, direction
 
     def _with_momentum(self, gradients: dict[str, Tensor], momentum: float) -> dict[str, Tensor]:
         """``m ← μ m + g``, left as it was where the gradient is not finite."""
@@ -406,18 +460,23 @@ class NaturalGradient(torch.optim.Optimizer):
         vectors = self._pack(partition, found)
         return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
 
-    def _apply(self, step: Step) -> None:
+    def _apply(self, step: Step, direction: BlockVector) -> None:
         group = self.param_groups[0]
         assert self._curvature is not None
         parameters = trainable_parameters(self._model)
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
             change = self._curvature.partition.unpack(step.delta)
+            accepted = torch.as_tensor(step.accepted, device=self._device)
             if group["weight_decay"] and not self._search.needs_probe:
                 shrink = 1 - group["lr"] * group["weight_decay"]
-                accepted = torch.as_tensor(step.accepted, device=self._device)
                 for name in change:
                     parameters[name].mul_(torch.where(accepted, shrink, 1.0).to(parameters[name].dtype))
+            if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
+                # One fused multiply-add, as torch.optim.SGD does it: the same bits.
+                for name, d in self._curvature.partition.unpack(direction).items():
+                    parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(group["lr"]))
+                change = {}
             for name, delta in change.items():
                 parameters[name].add_(delta.to(parameters[name].dtype))
                 if keep:
@@ -471,6 +530,7 @@ class NaturalGradient(torch.optim.Optimizer):
         saved = super().state_dict()
         group = saved["param_groups"][0]
         group["natgrad"] = {
+            "metric": repr(self._metric),
             "steps": self._steps,
             "generator": self._generator.get_state(),
             "damping": dict(self._damping.state()),
@@ -482,6 +542,11 @@ class NaturalGradient(torch.optim.Optimizer):
         """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them."""
         incoming = {**state_dict, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
         own = incoming["param_groups"][0].pop("natgrad", None)
+        if own is not None and own["metric"] != repr(self._metric):
+            raise ArgumentError(
+                f"The state is of an optimizer with metric {own['metric']}, and this one has {self._metric!r}. Their "
+                "averages do not fit each other: load it into an optimizer with the same metric, or start afresh."
+            )
         super().load_state_dict(incoming)
         parameters = [p for g in self.param_groups for p in g["params"]]
         order = [i for g in incoming["param_groups"] for i in g["params"]]
@@ -497,3 +562,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = None
         if any("step" in s for s in self.state.values()) and (self._uncovered is not None or self._metric.replayed):
             self._curvature_for(self._partition())
+
+
+def _finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values())
+
+
+def _skipped(damping: Damping) -> Step:
+    """The record of a step that was not taken because its gradient is not finite."""
+    return rejected(damping.value, "the gradient is not finite", tried=False, predicted=math.nan)

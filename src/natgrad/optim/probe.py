@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class ModelProbe:
         observations: the passes of this step.
         closure: where given, evaluates the loss; returns ``(loss, output)``.
         random: state of the random streams before the closure first ran.
+        decay: weight decay w; the loss then includes ½ w ‖θ‖².
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class ModelProbe:
     observations: Sequence[Observation]
     closure: Callable[[], tuple[Tensor, Tensor]] | None = None
     random: RandomState | None = None
+    decay: float = 0.0
 
     @torch.no_grad()
     def __call__(self, delta: BlockVector) -> Trial:
@@ -51,7 +53,7 @@ class ModelProbe:
             total = total + (old[..., 0].numel() if weights is None else weights.sum())
             if known:
                 loss = loss + self.likelihood.nll(new, observation.target).sum()  # type: ignore[arg-type]
-        return Trial(kl / total, loss / total if known else None)  # type: ignore[operator]
+        return Trial(kl / total, loss / total + self.penalty(moved) if known else None)  # type: ignore[operator]
 
     def loss(self) -> Tensor | None:
         """Mean negative log-likelihood of the observed passes at the current parameters; None without targets."""
@@ -63,7 +65,14 @@ class ModelProbe:
             weights = self._weights(observation)
             loss = loss + self.likelihood.nll(observation.output.detach(), observation.target).sum()
             total = total + (observation.output[..., 0].numel() if weights is None else weights.sum())
-        return loss / total  # type: ignore[operator,return-value]
+        return loss / total + self.penalty()  # type: ignore[operator,return-value]
+
+    def penalty(self, moved: Mapping[str, Tensor] | None = None) -> float | Tensor:
+        """½ w ‖θ‖² with the parameters in ``moved`` in place of the present ones."""
+        if not self.decay:
+            return 0.0
+        parameters = {**trainable_parameters(self.model), **(moved or {})}
+        return 0.5 * self.decay * torch.stack([p.detach().square().sum() for p in parameters.values()]).sum()
 
     def curvature(self, deltas: Sequence[BlockVector]) -> Tensor:
         gram, total = torch.zeros(()), 0.0
@@ -113,7 +122,7 @@ class ModelProbe:
         weights = self._weights(observation)
         old = observation.output.detach()
         total: Any = old[..., 0].numel() if weights is None else weights.sum()
-        return Trial(self._sum(self.likelihood.kl(old, output), weights) / total, loss.detach())
+        return Trial(self._sum(self.likelihood.kl(old, output), weights) / total, loss.detach() + self.penalty(moved))
 
 
 def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
