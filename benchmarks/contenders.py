@@ -170,7 +170,7 @@ def preset_contender(workload: Workload, name: str) -> Measured:
 
 
 def _shares(name: str, statistics: int, inverse: int) -> dict[str, float]:
-    """How often each kind of step happens under ``Refresh(statistics, inverse)``, the second a multiple of the first."""
+    """How often each kind of step happens under ``Refresh(statistics, inverse)``, ``inverse`` a multiple."""
     shares = {f"{name} renew": 1 / inverse, f"{name} observe": 1 / statistics - 1 / inverse}
     shares[f"{name} plain"] = 1 - 1 / statistics
     return {kind: share for kind, share in shares.items() if share > 0}
