@@ -66,7 +66,7 @@ def conjugate_gradient(
         z = residual if preconditioner is None else preconditioner(residual)
         rho_next = _dot(residual, z)
         beta = torch.where(active, rho_next / torch.where(active, rho, 1.0), 0.0)
-        direction = torch.where(active, z + beta * direction, direction)
+        direction = z + beta * direction
         rho = torch.where(active, rho_next, rho)
         norm = torch.where(active, _norm(residual), norm)
         active = active & ~(norm <= target)
