@@ -4,7 +4,16 @@ from natgrad.network.layers import RULES, LayerRule, register_layer, rule_for
 from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
 from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying, record
 from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
-from natgrad.network.tape import Recorder, Tape, accumulation, as_arguments, output_tensor, recording, uncovered_parameters
+from natgrad.network.tape import (
+    Recorder,
+    Tape,
+    accumulation,
+    as_arguments,
+    output_tensor,
+    recording,
+    uncovered_parameters,
+    unreached_parameters,
+)
 
 __all__ = [
     "RULES",
@@ -34,4 +43,5 @@ __all__ = [
     "rule_for",
     "trainable_parameters",
     "uncovered_parameters",
+    "unreached_parameters",
 ]

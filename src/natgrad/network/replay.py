@@ -6,7 +6,7 @@ BatchNorm's running statistics are changed in copies, random streams are put bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from natgrad.errors import UnsupportedError
+from natgrad.errors import StaleTapeError, UnsupportedError
 from natgrad.network.partition import trainable_parameters
-from natgrad.network.tape import Tape, as_arguments, output_tensor, recording
+from natgrad.network.tape import Tape, as_arguments, clearer, output_tensor, recording
 
 _replaying: ContextVar[bool] = ContextVar("natgrad_replaying", default=False)
 
@@ -69,6 +70,8 @@ class Pass:
         kwargs: keyword arguments.
         random: state of the random streams before the pass (None where none was kept).
         select: how the observed output tensor is found in what the model returns.
+        autocast: dtype of the automatic mixed precision that the pass ran under; None for whatever is in force.
+        versions: of the input tensors before the pass, to notice when one is changed in place.
     """
 
     model: nn.Module
@@ -76,15 +79,43 @@ class Pass:
     kwargs: Mapping[str, Any]
     random: RandomState | None = None
     select: Callable[[Any], Tensor | None] = output_tensor
+    autocast: torch.dtype | None = None
+    versions: tuple[int, ...] | None = None
+
+    @staticmethod
+    def begin(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+        """The pass that is about to run, with the conditions it runs under."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        random = RandomState.capture(device)
+        kind = device.type
+        # float32 stands for: no mixed precision, even if the replay happens inside an autocast region.
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return Pass(model, args, kwargs, random, autocast=autocast, versions=_versions(args, kwargs))
+
+    @contextmanager
+    def _conditions(self, device: torch.device) -> Iterator[None]:
+        mixed = self.autocast is not None and self.autocast != torch.float32
+        casting = nullcontext()
+        if self.autocast is not None and (mixed or torch.is_autocast_enabled(device.type)):
+            dtype = self.autocast if mixed else None
+            casting = torch.autocast(device.type, dtype=dtype, enabled=mixed, cache_enabled=False)
+        # The math kernel alone can be differentiated twice.
+        with random_state(self.random, device), sdpa_kernel(SDPBackend.MATH), casting:
+            yield
 
     def run(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The output at ``parameters`` (qualified name → tensor; those not given stay as they are)."""
+        if self.versions is not None and self.versions != _versions(self.args, self.kwargs):
+            raise StaleTapeError(
+                "An input of the observed forward pass has been changed in place since, so that the pass cannot be run "
+                "again to measure it. Give the model a copy of a tensor that is reused, and no in-place operation on "
+                "its input."
+            )
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         device = next(self.model.parameters()).device
         token = _replaying.set(True)
         try:
-            # The math kernel alone can be differentiated twice.
-            with random_state(self.random, device), sdpa_kernel(SDPBackend.MATH):
+            with self._conditions(device):
                 output = functional_call(self.model, {**buffers, **(parameters or {})}, self.args, dict(self.kwargs))
         finally:
             _replaying.reset(token)
@@ -122,9 +153,7 @@ class Linearization:
         with torch.enable_grad():
             self.output = observed.run()
             self._cotangent = torch.zeros_like(self.output, requires_grad=True)
-            self._pulled = torch.autograd.grad(
-                self.output, list(self.parameters.values()), self._cotangent, create_graph=True, allow_unused=True
-            )
+            self._pulled = _differentiable_gradients(self.output, self.parameters.values(), self._cotangent)
 
     def jvp(self, v: Mapping[str, Tensor]) -> Tensor:
         """``J v`` of the output's shape, for a tensor per parameter name."""
@@ -149,9 +178,7 @@ class HessianProducts:
         self.parameters = trainable_parameters(observed.model)
         with torch.enable_grad():
             value = loss(observed.run())
-            self._gradient = torch.autograd.grad(
-                value, list(self.parameters.values()), create_graph=True, allow_unused=True
-            )
+            self._gradient = _differentiable_gradients(value, self.parameters.values())
 
     def __call__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``H v``: a tensor per parameter name."""
@@ -162,6 +189,18 @@ class HessianProducts:
         outputs, grads = zip(*pairs, strict=True)
         found = _gradients(outputs, self.parameters.values(), grads)
         return dict(zip(self.parameters, found, strict=True))
+
+
+def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    return tuple(t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference())
+
+
+def _differentiable_gradients(output: Tensor, inputs: Any, cotangent: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(output, list(inputs), cotangent, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise clearer(error) from error
 
 
 def _gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> list[Tensor]:

@@ -120,18 +120,7 @@ class Tape:
         try:
             return self._batched_backward(targets, columns)
         except RuntimeError as error:
-            if "checkpoint" in str(error).lower():
-                raise UnsupportedError(
-                    "The forward pass uses activation checkpointing that allows no backward pass but the loss's own: it "
-                    "is reentrant, or it wraps the whole model. Use torch.utils.checkpoint.checkpoint(..., "
-                    "use_reentrant=False) on parts of the model."
-                ) from error
-            if "second time" in str(error) or "modified by an inplace" in str(error):
-                raise StaleTapeError(
-                    "The graph of the observed forward pass is gone: backward() has already freed it, or an operation "
-                    "changed a saved tensor in place. Call observe(output) before loss.backward()."
-                ) from error
-            raise
+            raise clearer(error) from error
 
     def _batched_backward(self, targets: Sequence[Tensor | GradientEdge], columns: Tensor) -> list[Tensor | None]:
         output: Any = self.output
@@ -151,6 +140,22 @@ class Tape:
             torch.autograd.grad(output, inputs, column, retain_graph=True, allow_unused=True) for column in columns
         ]
         return [None if grads[0] is None else torch.stack(grads) for grads in zip(*per_column, strict=True)]
+
+
+def clearer(error: RuntimeError) -> Exception:
+    """What went wrong in a backward pass of natgrad's own, in the user's terms where the cause is known."""
+    if "checkpoint" in str(error).lower():
+        return UnsupportedError(
+            "The forward pass uses activation checkpointing that allows no backward pass but the loss's own: it is "
+            "reentrant, or it wraps the whole model. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
+            "on parts of the model."
+        )
+    if "second time" in str(error) or "modified by an inplace" in str(error):
+        return StaleTapeError(
+            "The graph of the observed forward pass is gone: backward() has already freed it, or an operation changed "
+            "a saved tensor in place. Call observe(output) before loss.backward()."
+        )
+    return error
 
 
 class Recorder:
@@ -246,3 +251,12 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
         if torch.linalg.vector_norm(want - have) > tolerance * torch.linalg.vector_norm(want):
             found.update({n: f"{cell.name}'s parameters are also used outside its module" for n in cell.parameters})
     return found
+
+
+def unreached_parameters(tape: Tape) -> frozenset[str]:
+    """Trainable parameters on which the observed output does not depend, as far as autograd can tell."""
+    output = tape.output
+    assert output is not None
+    parameters = trainable_parameters(tape.model)
+    grads = tape.backward(list(parameters.values()), torch.zeros_like(output)[None])
+    return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)

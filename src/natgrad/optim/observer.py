@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from natgrad.errors import ArgumentError, StaleTapeError
 from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
-from natgrad.network import Pass, RandomState, Recorder, Tape, is_replaying, output_tensor
+from natgrad.network import Pass, Recorder, Tape, is_replaying, output_tensor
 
 
 class _Life:
@@ -101,9 +101,9 @@ class _Hook:
         if observer is None or module is not observer.model:
             return
         if self._when == "before":
-            observer._start(module)
+            observer._start(module, args, kwargs)
         else:
-            observer._finish(args, kwargs, output)
+            observer._finish(output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, self._when)
@@ -124,7 +124,7 @@ class Observer:
     on_pass: Callable[[Observation, Tensor], None]
     observations: list[Observation] = field(default_factory=list)
     _recorder: Recorder | None = None
-    _random: RandomState | None = None
+    _pass: Pass | None = None
     _depth: int = 0
     _forced: bool = False
     _paused: bool = False
@@ -168,28 +168,27 @@ class Observer:
             and not torch.compiler.is_compiling()
         )
 
-    def _start(self, module: nn.Module) -> None:
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
         if self._depth > 1 or not self._watching(module):
             return
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._random = RandomState.capture(device)
+        self._pass = Pass.begin(module, args, kwargs)
         self._recorder = Recorder(module) if self.wants_tape() else None
 
-    def _finish(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _finish(self, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth > 0:
             return
         recorder, self._recorder = self._recorder, None
-        random, self._random = self._random, None
+        observed, self._pass = self._pass, None
         if recorder is not None:
             recorder.stop()
-        if random is None or output is None:  # not watching, or the pass raised an error
+        if observed is None or output is None:  # not watching, or the pass raised an error
             return
         tape = recorder.tape if recorder is not None else None
         found = output_tensor(output)
         leaves = [weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
-        observation = Observation(tape, Pass(self.model, args, kwargs, random), leaves)
+        observation = Observation(tape, observed, leaves)
         self.observations = [o for o in self.observations if o.alive]
         self.observations.append(observation)
         if found is not None:

@@ -17,7 +17,7 @@ from natgrad.likelihood.base import Target
 from natgrad.linalg import Solver
 from natgrad.metric import Euclidean, Fisher, Metric, Statistics
 from natgrad.metric.running import Refresh
-from natgrad.network import BlockVector, Partition, RandomState, trainable_parameters, uncovered_parameters
+from natgrad.network import BlockVector, Partition, RandomState, trainable_parameters, uncovered_parameters, unreached_parameters
 from natgrad.optim.checks import check_arguments, parse_evaluation
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.observer import Observation, Observer
@@ -120,6 +120,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature: Curvature | None = None
         self._uncovered: dict[str, str] | None = None
         self._steps = 0
+        self._unreached: frozenset[str] = frozenset()
+        self._known_uses: frozenset[str] = frozenset()
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
         self._observer = Observer(model, self._wants_tape, self._on_pass)
@@ -163,6 +165,9 @@ class NaturalGradient(torch.optim.Optimizer):
                     return
                 with torch.enable_grad():
                     self._uncovered = uncovered_parameters(tape, self._generator)
+                    self._unreached, self._known_uses = unreached_parameters(tape), frozenset(tape.uses)
+            for module in set(tape.uses) - self._known_uses:  # an expert that the first pass left out
+                self._unreached -= {f"{module}.{n}" for n, _ in self._model.get_submodule(module).named_parameters()}
             curvature = self._curvature_for(self._partition())
             bases = dict(curvature.bases)
             for other in self._observer.observations:
@@ -308,6 +313,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if observations and all(o.skipped for o in observations):
             self.last = _skipped(self._damping)
             return False
+        strange = [n for n in sorted(self._unreached) if n in gradients and bool(gradients[n].any())]
+        if strange:
+            raise UnsupportedError(
+                f"{', '.join(strange[:5])} {'and others have' if len(strange) > 5 else 'has'} a gradient, but the "
+                "observed output does not depend on it, so the metric knows nothing about it. Either the loss has a "
+                "part that is not made of this output (freeze those parameters here, and train them with an optimizer "
+                "of their own), or reentrant activation checkpointing hides it (use use_reentrant=False)."
+            )
         needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
         if not needed or observations or not self._metric.needs_observation and not self._needs_probe():
             return True
