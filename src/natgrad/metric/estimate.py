@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError, NotObservedError
-from natgrad.likelihood import Likelihood, Weighted
+from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 
 # Batched backward passes hold this many rows of every activation's gradient at once.
@@ -113,11 +113,6 @@ class Estimate(ABC):
         return Factor(columns, separate, weights.sum().to(columns.dtype), weights != 0)
 
 
-def unweighted(likelihood: Likelihood) -> Likelihood:
-    """The likelihood whose labels are sampled: the one inside ``Weighted``."""
-    return likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
-
-
 def _check_samples(samples: int) -> None:
     if samples < 1:
         raise ArgumentError(f"samples={samples} was given; the number of samples per prediction must be at least 1.")
@@ -130,7 +125,7 @@ class Exact(Estimate):
     def columns(
         self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
     ) -> tuple[Tensor, bool]:
-        return unweighted(likelihood).fisher_factor(f), True
+        return likelihood.unweighted.fisher_factor(f), True
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ class MonteCarlo(Estimate):
     def columns(
         self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
     ) -> tuple[Tensor, bool]:
-        inner = unweighted(likelihood)
+        inner = likelihood.unweighted
         labels = inner.sample(f, self.samples, generator=generator)
         return torch.stack([inner.score(f, label) for label in labels]) / self.samples**0.5, False
 
@@ -173,7 +168,7 @@ class Signed(Estimate):
     def columns(
         self, likelihood: Likelihood, f: Tensor, y: Target | None, generator: torch.Generator | None
     ) -> tuple[Tensor, bool]:
-        factor = unweighted(likelihood).fisher_factor(f)
+        factor = likelihood.unweighted.fisher_factor(f)
         combined = torch.zeros(self.samples, *f.shape, dtype=factor.dtype, device=f.device)
         for out in combined:
             for column in factor:
