@@ -58,10 +58,13 @@ class Average:
     def start(x: Tensor) -> Average:
         return Average(torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
 
-    def updated(self, x: Tensor, decay: float) -> Average:
-        """The average with ``x`` taken in; one with a NaN or infinite entry is left out."""
+    def updated(self, x: Tensor, decay: float, valid: Tensor | None = None) -> Average:
+        """The average with ``x`` taken in; left out where it is not finite, or where ``valid`` (0-d bool) is false."""
         finite = torch.isfinite(x.sum())
-        keep = torch.where(finite, decay, 1.0).to(x.dtype)
+        if valid is not None:
+            finite = finite & valid.to(finite.device)
+        # In x's precision: Python numbers in torch.where would be rounded to float32.
+        keep = torch.where(finite, x.new_full((), decay), x.new_ones(()))
         total = torch.where(finite, self.total.mul(keep).add_(x, alpha=1 - decay), self.total)
         return Average(total, self.weight * keep + (1 - keep))
 

@@ -196,7 +196,9 @@ def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ..
     return tuple(t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference())
 
 
-def _differentiable_gradients(output: Tensor, inputs: Any, cotangent: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(
+    output: Tensor, inputs: Any, cotangent: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     try:
         return torch.autograd.grad(output, list(inputs), cotangent, create_graph=True, allow_unused=True)
     except RuntimeError as error:

@@ -79,8 +79,8 @@ class Curvature:
                 for key in [k for k in slot if isinstance(k, str) and k.startswith(STATE_PREFIXES)]:
                     del slot[key]
 
-    def update(self, statistics: Statistics) -> None:
-        """Take in the statistics of one step."""
+    def update(self, statistics: Statistics, valid: Tensor | None = None) -> None:
+        """Take in the statistics of one step; nothing enters the averages where ``valid`` (0-d bool) is false."""
         if not self.metric.averaged:
             self.operators = self.metric.operators(self.partition, statistics)
             self.inverses = {}
@@ -91,7 +91,7 @@ class Curvature:
         for name, kinds in statistics.means().items():
             slot = self._slots[name]
             for kind, mean in kinds.items():
-                average = _average(slot, kind, mean).updated(mean, self.decay)
+                average = _average(slot, kind, mean).updated(mean, self.decay, valid)
                 slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.total, average.weight
         self._rebuild()
 

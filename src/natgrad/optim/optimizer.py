@@ -17,7 +17,14 @@ from natgrad.likelihood.base import Target
 from natgrad.linalg import Solver
 from natgrad.metric import Euclidean, Fisher, Metric, Statistics
 from natgrad.metric.running import Refresh
-from natgrad.network import BlockVector, Partition, RandomState, trainable_parameters, uncovered_parameters, unreached_parameters
+from natgrad.network import (
+    BlockVector,
+    Partition,
+    RandomState,
+    trainable_parameters,
+    uncovered_parameters,
+    unreached_parameters,
+)
 from natgrad.optim.checks import check_arguments, parse_evaluation
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.observer import Observation, Observer
@@ -227,10 +234,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients or not self._ready(observations, gradients):
             return loss
         try:
-            curvature = self._update_curvature(observations)
+            curvature = self._update_curvature(observations, gradients)
             step, direction = self._search_step(curvature, gradients, observations, loss, again, random)
         except (ConvergenceError, NonFiniteError):
-            if _finite(gradients):
+            if bool(_all_finite(gradients)):
                 raise
             self.last = _skipped(self._damping)
             return loss
@@ -251,10 +258,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients or not self._ready(observations, gradients):
             return
         try:
-            curvature = self._update_curvature(observations)
+            curvature = self._update_curvature(observations, gradients)
             direction = self._precondition(curvature, gradients)
         except (ConvergenceError, NonFiniteError):
-            if _finite(gradients):
+            if bool(_all_finite(gradients)):
                 raise
             for grad in gradients.values():
                 grad.zero_()
@@ -355,10 +362,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
         return self._curvature
 
-    def _update_curvature(self, observations: list[Observation]) -> Curvature:
+    def _update_curvature(self, observations: list[Observation], gradients: dict[str, Tensor]) -> Curvature:
         curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
-            curvature.update(self._statistics(observations, curvature.partition))
+            curvature.update(self._statistics(observations, curvature.partition), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._damping, self._solver)
@@ -454,7 +461,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not momentum:
             return gradients
         parameters = trainable_parameters(self._model)
-        finite = torch.stack([torch.isfinite(g.sum()) for g in gradients.values()]).all()
+        finite = _all_finite(gradients)
         averaged: dict[str, Tensor] = {}
         for name, g in gradients.items():
             state = self.state[parameters[name]]
@@ -483,8 +490,9 @@ class NaturalGradient(torch.optim.Optimizer):
             accepted = torch.as_tensor(step.accepted, device=self._device)
             if group["weight_decay"] and not self._search.needs_probe:
                 shrink = 1 - group["lr"] * group["weight_decay"]
-                for name in change:
-                    parameters[name].mul_(torch.where(accepted, shrink, 1.0).to(parameters[name].dtype))
+                for p in (parameters[name] for name in change):
+                    factor = torch.as_tensor(shrink, dtype=p.dtype, device=p.device)
+                    p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
             if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
                 # One fused multiply-add, as torch.optim.SGD does it: the same bits.
                 for name, d in self._curvature.partition.unpack(direction).items():
@@ -577,8 +585,9 @@ class NaturalGradient(torch.optim.Optimizer):
             self._curvature_for(self._partition())
 
 
-def _finite(tensors: dict[str, Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors.values())
+def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
+    """Whether every entry is finite, 0-d; no wait for the device."""
+    return torch.stack([torch.isfinite(t).all() for t in tensors.values()]).all()
 
 
 def _skipped(damping: Damping) -> Step:
