@@ -22,7 +22,6 @@ from natgrad.network import (
     as_arguments,
     record,
     trainable_parameters,
-    uncovered_parameters,
 )
 from natgrad.step import Damping, as_damping
 
@@ -136,8 +135,7 @@ def audit(
     likelihood.check_output(f)
     generator = generator or torch.Generator(device=f.device).manual_seed(0)
     metric: Metric = Fisher(estimate, structure)
-    uncovered = uncovered_parameters(tape, generator)
-    partition = metric.partition(model, uncovered)
+    partition = metric.partition(model, metric.examine(tape, likelihood, generator))
     args, kwargs = as_arguments(x)
     observed = Pass(model, args, kwargs)
     needs_labels = likelihood.needs_target or estimate.needs_target

@@ -16,7 +16,18 @@ from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
 from natgrad.metric.kronecker import Kronecker
 from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import Gram, Structure
-from natgrad.network import Block, Cell, Linearization, Partition, Pass, Tape, cells, trainable_parameters
+from natgrad.network import (
+    Block,
+    Cell,
+    Linearization,
+    Partition,
+    Pass,
+    Tape,
+    cells,
+    misaligned_parameters,
+    trainable_parameters,
+    uncovered_parameters,
+)
 
 
 class Metric(ABC):
@@ -39,6 +50,19 @@ class Metric(ABC):
     def replayed(self) -> bool:
         """Whether the metric runs the observed pass again instead of reading its tape."""
         return False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows must be told apart by example."""
+        return False
+
+    def examine(self, tape: Tape, likelihood: Likelihood, generator: torch.Generator) -> dict[str, str]:
+        """Parameters that no layer rule may serve in passes like this one, with the reason."""
+        found = uncovered_parameters(tape, generator)
+        # Weights of predictions select examples and positions of a layer's input, so they need the alignment too.
+        if self.aligned or likelihood.needs_target:
+            found = misaligned_parameters(tape, generator) | found
+        return found
 
     @abstractmethod
     def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
@@ -126,6 +150,10 @@ class Fisher(Metric):
     @property
     def replayed(self) -> bool:
         return self.structure.replayed
+
+    @property
+    def aligned(self) -> bool:
+        return self.structure.aligned
 
     def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
         return self.structure.blocks(cell_list)

@@ -57,6 +57,10 @@ class Kronecker(Structure):
         """Shared positions are aggregated before the outer products."""
         return cls("reduce")
 
+    @property
+    def aligned(self) -> bool:
+        return self.sharing == "reduce"
+
     def blocks(self, cells: Sequence[Cell]) -> tuple[Block, ...]:
         return tuple(Block(cell.name, (cell,)) for cell in cells)
 
@@ -182,6 +186,10 @@ class EigenKronecker(Kronecker):
     Among all matrices diagonal in that basis it is the nearest to the layer's Fisher block in Frobenius norm, and its
     trace is exact.
     """
+
+    @property
+    def aligned(self) -> bool:
+        return True
 
     def statistics(
         self,

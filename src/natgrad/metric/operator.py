@@ -15,7 +15,7 @@ from natgrad.metric.estimate import Estimate, Exact
 from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Hessian
 from natgrad.metric.structure import Dense, Structure
-from natgrad.network import Partition, Pass, as_arguments, record, trainable_parameters, uncovered_parameters
+from natgrad.network import Partition, Pass, as_arguments, record, trainable_parameters
 
 
 class ParameterOperator(LinearOperator):
@@ -129,7 +129,7 @@ def _operator(
         assert tape.output is not None
         check_finite_output(tape.output)
         likelihood.check_output(tape.output)
-        partition = metric.partition(model, uncovered_parameters(tape, _generator(model)))
+        partition = metric.partition(model, metric.examine(tape, likelihood, _generator(model)))
         statistics = metric.statistics(tape, likelihood, y, partition, generator=generator or _generator(model))
     return ParameterOperator(BlockDiagonalMatrix(metric.operators(partition, statistics)), partition)
 

@@ -34,6 +34,11 @@ class Structure(ABC):
     averaged: ClassVar[bool] = True
     """Whether statistics may be averaged over steps (rows and products belong to their batch)."""
 
+    @property
+    def aligned(self) -> bool:
+        """Whether rows must be told apart by example (sums over examples and positions alone need not)."""
+        return True
+
     replayed: ClassVar[bool] = False
     """Whether the operator works on a replay of the observed pass instead of statistics."""
 

@@ -1,5 +1,6 @@
 """A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
 
+from natgrad.network.coverage import misaligned_parameters, uncovered_parameters, unreached_parameters
 from natgrad.network.layers import RULES, LayerRule, register_layer, rule_for
 from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
 from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying, record
@@ -11,8 +12,6 @@ from natgrad.network.tape import (
     as_arguments,
     output_tensor,
     recording,
-    uncovered_parameters,
-    unreached_parameters,
 )
 
 __all__ = [
@@ -36,6 +35,7 @@ __all__ = [
     "as_arguments",
     "cells",
     "is_replaying",
+    "misaligned_parameters",
     "output_tensor",
     "record",
     "recording",

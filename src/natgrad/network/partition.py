@@ -164,7 +164,7 @@ def cells(model: nn.Module, uncovered: Mapping[str, str] | None = None) -> tuple
     Args:
         model: the network.
         uncovered: parameters that must not be given to a layer rule, with the reason (what a check of a real forward
-            pass found, see :func:`natgrad.network.tape.uncovered_parameters`).
+            pass found, see :func:`natgrad.network.coverage.uncovered_parameters`).
 
     Returns:
         One cell per supported layer with trainable parameters, then one per remaining parameter, in model order.

@@ -40,6 +40,14 @@ class Rows(ABC):
     def stacked(self, other: Rows) -> Rows:
         """Rows of further examples (another micro-batch), concatenated along N."""
 
+    @abstractmethod
+    def folded(self, n: int) -> Rows:
+        """The same rows where a layer saw ``N = n·m`` rows, m consecutive ones for each of n examples."""
+
+    @abstractmethod
+    def largest(self) -> Tensor:
+        """A bound on the size of each example's rows that is zero only where they are zero, shape ``[N]``."""
+
     def total(self) -> Tensor:
         """``Σ_n r_kn`` of shape ``[K, p]``: what an ordinary backward pass gives."""
         return self.dense().sum(1)
@@ -85,6 +93,12 @@ class DenseRows(Rows):
     def stacked(self, other: Rows) -> DenseRows:
         return DenseRows(torch.cat([self.matrix, other.dense()], 1))
 
+    def folded(self, n: int) -> DenseRows:
+        return DenseRows(self.matrix.unflatten(1, (n, -1)).sum(2))
+
+    def largest(self) -> Tensor:
+        return self.matrix.abs().amax((0, 2))
+
 
 @dataclass(frozen=True)
 class LinearRows(Rows):
@@ -128,6 +142,12 @@ class LinearRows(Rows):
         if isinstance(other, LinearRows) and other.positions == self.positions:
             return LinearRows(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 2))
         return DenseRows(torch.cat([self.dense(), other.dense()], 1))
+
+    def folded(self, n: int) -> LinearRows:
+        return LinearRows(self.a.unflatten(1, (n, -1)).flatten(2, 3), self.g.unflatten(2, (n, -1)).flatten(3, 4))
+
+    def largest(self) -> Tensor:
+        return self.g.abs().amax((0, 1, 3, 4))
 
     def total(self) -> Tensor:
         return torch.einsum("kgnso,gnsi->kgoi", self.g, self.a).flatten(1)
@@ -211,6 +231,12 @@ class EmbeddingRows(Rows):
             index, g = torch.cat([self.index, other.index], 0), torch.cat([self.g, other.g], 1)
             return EmbeddingRows(index, g, self.vocabulary)
         return DenseRows(torch.cat([self.dense(), other.dense()], 1))
+
+    def folded(self, n: int) -> EmbeddingRows:
+        return EmbeddingRows(self.index.reshape(n, -1), self.g.unflatten(1, (n, -1)).flatten(2, 3), self.vocabulary)
+
+    def largest(self) -> Tensor:
+        return self.g.abs().amax((0, 2, 3))
 
     def total(self) -> Tensor:
         k, _, _, width = self.g.shape

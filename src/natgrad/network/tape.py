@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.errors import ShapeError, StaleTapeError, UnsupportedError
 from natgrad.network.layers import rule_for
-from natgrad.network.partition import Cell, cells, trainable_parameters
+from natgrad.network.partition import Cell
 from natgrad.network.rows import DenseRows, Rows
 
 
@@ -81,6 +81,9 @@ class Tape:
                         "Use an out-of-place operation there."
                     )
                 new = rule.rows(module, accumulation(use.input), accumulation(g), cell.trainable)
+                n, seen = columns.shape[1], new.shape[1]
+                # A layer may see tokens and batch as one axis; whether they lie as folding assumes is checked once.
+                new = new.folded(n) if seen != n and n and seen % n == 0 else new
                 rows = new if rows is None else rows.joined(new)
             if rows is not None:
                 out[cell.name] = rows
@@ -217,46 +220,3 @@ def as_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(x, dict):
         return (), dict(x)
     return (x, {}) if isinstance(x, tuple) else ((x,), {})
-
-
-def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
-    """Parameters whose layer rule does not account for their whole gradient in this pass, with the reason.
-
-    Compares, for one random column, the sum of the rows with what an ordinary backward pass gives. This finds layers
-    that bypass their module (``nn.MultiheadAttention``, ``F.linear`` on another layer's weight), re-parametrised
-    weights and anything else that a list of module types would miss.
-    """
-    output = tape.output
-    assert output is not None
-    column = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
-    column = column.to(output.dtype)[None]
-    cell_list = [cell for cell in cells(tape.model) if cell.module is not None]
-    rows = tape.rows(cell_list, column)
-    parameters = trainable_parameters(tape.model)
-    names = [name for cell in cell_list for name in cell.parameters]
-    truth = dict(zip(names, tape.backward([parameters[n] for n in names], column), strict=True))
-    found: dict[str, str] = {}
-    for cell in cell_list:
-        expected = {n: truth[n] for n in cell.parameters}
-        if all(g is None for g in expected.values()):
-            continue  # took no part in this pass
-        if cell.name not in rows:
-            found.update({n: f"{cell.name} is used without calling its module" for n in cell.parameters})
-            continue
-        whole = {n: g if g is not None else torch.zeros(1, *s, dtype=output.dtype, device=output.device)
-                 for (n, g), s in zip(expected.items(), cell.shapes, strict=True)}  # fmt: skip
-        want, have = cell.pack(whole).float(), rows[cell.name].total().float()
-        # Low-precision gradients are rounded on the way; a missing contribution is of the gradient's own size.
-        tolerance = 5e-2 if output.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if torch.linalg.vector_norm(want - have) > tolerance * torch.linalg.vector_norm(want):
-            found.update({n: f"{cell.name}'s parameters are also used outside its module" for n in cell.parameters})
-    return found
-
-
-def unreached_parameters(tape: Tape) -> frozenset[str]:
-    """Trainable parameters on which the observed output does not depend, as far as autograd can tell."""
-    output = tape.output
-    assert output is not None
-    parameters = trainable_parameters(tape.model)
-    grads = tape.backward(list(parameters.values()), torch.zeros_like(output)[None])
-    return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)

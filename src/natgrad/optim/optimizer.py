@@ -22,7 +22,6 @@ from natgrad.network import (
     Partition,
     RandomState,
     trainable_parameters,
-    uncovered_parameters,
     unreached_parameters,
 )
 from natgrad.optim.checks import check_arguments, parse_evaluation
@@ -171,7 +170,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 if observation.skipped:
                     return
                 with torch.enable_grad():
-                    self._uncovered = uncovered_parameters(tape, self._generator)
+                    self._uncovered = self._metric.examine(tape, self._likelihood, self._generator)
                     self._unreached, self._known_uses = unreached_parameters(tape), frozenset(tape.uses)
             for module in set(tape.uses) - self._known_uses:  # an expert that the first pass left out
                 self._unreached -= {f"{module}.{n}" for n, _ in self._model.get_submodule(module).named_parameters()}
@@ -359,11 +358,16 @@ class NaturalGradient(torch.optim.Optimizer):
             if self._curvature is not None:
                 self._curvature.forget_all_but(partition)
                 self._changed = True
+                for observation in self._observer.observations:  # seen with other blocks
+                    observation.skipped = observation.statistics is not None
             self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
         return self._curvature
 
     def _update_curvature(self, observations: list[Observation], gradients: dict[str, Tensor]) -> Curvature:
-        curvature = self._curvature_for(self._partition())
+        if self._curvature is not None and any(o.statistics is not None for o in observations):
+            curvature = self._curvature  # with the blocks of the observed pass, whatever was (un)frozen since
+        else:
+            curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
             curvature.update(self._statistics(observations, curvature.partition), _all_finite(gradients))
             self._changed = False
@@ -483,7 +487,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _apply(self, step: Step, direction: BlockVector) -> None:
         group = self.param_groups[0]
         assert self._curvature is not None
-        parameters = trainable_parameters(self._model)
+        parameters = dict(self._model.named_parameters())
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
             change = self._curvature.partition.unpack(step.delta)

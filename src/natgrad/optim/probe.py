@@ -87,7 +87,7 @@ class ModelProbe:
         return gram / total
 
     def _moved(self, delta: BlockVector) -> dict[str, Tensor]:
-        parameters = trainable_parameters(self.model)
+        parameters = dict(self.model.named_parameters())
         return {n: parameters[n] + d.to(parameters[n].dtype) for n, d in self.partition.unpack(delta).items()}
 
     def _weights(self, observation: Observation) -> Tensor | None:
@@ -103,7 +103,7 @@ class ModelProbe:
 
     def _through_closure(self, moved: dict[str, Tensor]) -> Trial:
         assert self.closure is not None
-        parameters = trainable_parameters(self.model)
+        parameters = dict(self.model.named_parameters())
         kept = {n: parameters[n].clone() for n in moved}
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         device = next(iter(parameters.values())).device

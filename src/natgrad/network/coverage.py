@@ -1,0 +1,81 @@
+"""What the layers' rules account for in a real forward pass: found by comparing with autograd, not by a list of types."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from natgrad.network.partition import cells, trainable_parameters
+from natgrad.network.tape import Tape
+
+
+def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
+    """Parameters whose layer rule does not account for their whole gradient in this pass, with the reason.
+
+    Compares, for one random column, the sum of the rows with what an ordinary backward pass gives. This finds layers
+    that bypass their module (``nn.MultiheadAttention``, ``F.linear`` on another layer's weight), re-parametrised
+    weights and anything else that a list of module types would miss.
+    """
+    output = tape.output
+    assert output is not None
+    column = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+    column = column.to(output.dtype)[None]
+    cell_list = [cell for cell in cells(tape.model) if cell.module is not None]
+    rows = tape.rows(cell_list, column)
+    parameters = trainable_parameters(tape.model)
+    names = [name for cell in cell_list for name in cell.parameters]
+    truth = dict(zip(names, tape.backward([parameters[n] for n in names], column), strict=True))
+    found: dict[str, str] = {}
+    for cell in cell_list:
+        expected = {n: truth[n] for n in cell.parameters}
+        if all(g is None for g in expected.values()):
+            continue  # took no part in this pass
+        if cell.name not in rows:
+            found.update({n: f"{cell.name} is used without calling its module" for n in cell.parameters})
+            continue
+        whole = {n: g if g is not None else torch.zeros(1, *s, dtype=output.dtype, device=output.device)
+                 for (n, g), s in zip(expected.items(), cell.shapes, strict=True)}  # fmt: skip
+        want, have = cell.pack(whole).float(), rows[cell.name].total().float()
+        # Low-precision gradients are rounded on the way; a missing contribution is of the gradient's own size.
+        tolerance = 5e-2 if output.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if torch.linalg.vector_norm(want - have) > tolerance * torch.linalg.vector_norm(want):
+            found.update({n: f"{cell.name}'s parameters are also used outside its module" for n in cell.parameters})
+    return found
+
+
+def unreached_parameters(tape: Tape) -> frozenset[str]:
+    """Trainable parameters on which the observed output does not depend, as far as autograd can tell."""
+    output = tape.output
+    assert output is not None
+    parameters = trainable_parameters(tape.model)
+    grads = tape.backward(list(parameters.values()), torch.zeros_like(output)[None])
+    return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)
+
+
+def misaligned_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
+    """Parameters whose rows cannot be told apart by example in this pass, with the reason.
+
+    The rows of a column that is zero for all examples but the first must be zero for all others. They are not where a
+    layer has another axis than the batch in front (time-first sequences), or no batch axis (a table of positions).
+    BatchNorm in training mode couples all examples on purpose; with it nothing is reported.
+    """
+    output = tape.output
+    assert output is not None
+    n = output.shape[0]
+    coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in tape.model.modules())
+    if n < 2 or coupled:
+        return {}
+    column = torch.zeros_like(output)
+    column[0] = torch.randn(output.shape[1:], generator=generator, device=output.device).to(output.dtype)
+    cell_list = [cell for cell in cells(tape.model) if cell.module is not None]
+    found: dict[str, str] = {}
+    for name, rows in tape.rows(cell_list, column[None]).items():
+        size = rows.largest()
+        if rows.shape[1] != n:
+            reason = f"{name} saw {rows.shape[1]} rows where the output has {n}"
+        elif bool((size[1:] > 1e-6 * size.max()).any()):
+            reason = f"the first axis of {name}'s input is not the batch"
+        else:
+            continue
+        found.update({p: reason for cell in cell_list if cell.name == name for p in cell.parameters})
+    return found
