@@ -15,12 +15,14 @@ import torch
 
 from benchmarks import contenders as c
 from benchmarks import memory
-from benchmarks.harness import measure
+from benchmarks.harness import Clock, measure
 from benchmarks.results import SuiteResult, render, result_of
 from benchmarks.suite import SUITES, Suite
 
 
-def run_suite(suite: Suite, *, quick: bool, seed: int, with_memory: bool, threads: int) -> SuiteResult:
+def run_suite(
+    suite: Suite, *, quick: bool, seed: int, with_memory: bool, threads: int, clock: Clock = "wall"
+) -> SuiteResult:
     """Measure one suite."""
     workload = suite.quick() if quick else suite.full()
     optimizers = c.contenders(workload, suite.presets)
@@ -31,7 +33,7 @@ def run_suite(suite: Suite, *, quick: bool, seed: int, with_memory: bool, thread
         operations = operations + make(workload)
     product = c.matrix_product(workload)
     started, load = time.perf_counter(), os.getloadavg()[0]
-    samples = measure([product, *optimizers.actions, *operations.actions], suite.plan(quick), seed, _tell)
+    samples = measure([product, *optimizers.actions, *operations.actions], suite.plan(quick, clock), seed, _tell)
     seconds, load = time.perf_counter() - started, max(load, os.getloadavg()[0])
     peaks: dict[str, int | None] = {}
     if with_memory:
@@ -48,7 +50,7 @@ def _tell(text: str) -> None:
         sys.stderr.flush()
 
 
-def environment(threads: int, quick: bool) -> dict[str, Any]:
+def environment(threads: int, quick: bool, clock: Clock) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
         "torch": torch.__version__,
@@ -57,6 +59,7 @@ def environment(threads: int, quick: bool) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "quick": quick,
+        "clock": clock,
     }
 
 
@@ -67,6 +70,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller workloads and fewer blocks, under a minute")
     parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), help="these tables only")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, for a busy machine and one thread",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random order")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="where every number goes")
@@ -80,7 +89,7 @@ def main(given: list[str] | None = None) -> int:
     if options.memory_child:
         print(json.dumps(memory.child(*options.memory_child, quick=options.quick)))
         return 0
-    facts = environment(options.threads, options.quick)
+    facts = environment(options.threads, options.quick, options.clock)
     print("natgrad benchmarks: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     results = []
     for name in options.only:
@@ -90,6 +99,7 @@ def main(given: list[str] | None = None) -> int:
             seed=options.seed,
             with_memory=not (options.no_memory or options.quick),
             threads=options.threads,
+            clock=options.clock,
         )
         print(render(result), flush=True)
         results.append(result.as_json())

@@ -15,9 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+Clock = Literal["wall", "cpu"]
 _RESAMPLES = 2000
 _MAX_REPEATS = 500
+_SLOW = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,33 +60,53 @@ class Plan:
     Args:
         blocks: how often every action is run at most.
         least: how often at the least, however slow it is.
-        seconds: time for all blocks together; slow actions sit out some blocks to keep within it.
+        seconds: time for all blocks together; slow actions sit out some blocks to keep within it, and past twice this
+            time (the machine has become slower) only what has not been timed at all still is.
         turn: a fast action is repeated until its turn lasts this long.
+        clock: ``"wall"``, or ``"cpu"`` for processor time, which on one thread hardly suffers from other processes.
     """
 
     blocks: int = 15
     least: int = 3
     seconds: float = 60.0
     turn: float = 0.03
+    clock: Clock = "wall"
 
 
 @dataclass
 class Samples:
-    """Seconds per run of every action, by block (only blocks in which it ran)."""
+    """Seconds per run of every action, by block (only blocks in which it ran).
 
-    seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    Args:
+        wall, cpu: the two clocks.
+        clock: the one that medians and ratios are taken of.
+    """
+
+    wall: dict[str, dict[int, float]] = field(default_factory=dict)
     cpu: dict[str, dict[int, float]] = field(default_factory=dict)
+    clock: Clock = "wall"
+
+    @property
+    def seconds(self) -> dict[str, dict[int, float]]:
+        return self.wall if self.clock == "wall" else self.cpu
+
+    def add(self, action: str, block: int, wall: float, cpu: float) -> None:
+        self.wall.setdefault(action, {})[block] = wall
+        self.cpu.setdefault(action, {})[block] = cpu
 
     def median(self, action: str) -> float:
         return statistics.median(self.seconds[action].values())
 
-    def cpu_median(self, action: str) -> float:
-        return statistics.median(self.cpu[action].values())
+    def processors(self) -> float:
+        """How many processors were at work on average: fewer than threads where others wanted them too."""
+        wall, cpu = (sum(t for found in clock.values() for t in found.values()) for clock in (self.wall, self.cpu))
+        return cpu / wall
 
     def ratios(self, action: str, base: str) -> list[float]:
         """Seconds of ``action`` over those of ``base``, for each block in which both ran."""
         mine, other = self.seconds[action], self.seconds[base]
-        return [mine[block] / other[block] for block in mine if block in other]
+        shared = [mine[block] / other[block] for block in mine if block in other]
+        return shared or [self.median(action) / self.median(base)]
 
 
 @dataclass(frozen=True)
@@ -105,22 +128,22 @@ def measure(
     for action in actions:
         tell(f"warming up {action.name}")
         once = _timed(action.run, 1)[0]
-        # The first run allocates and compiles; only fast actions can afford to be asked again.
-        if once < 1.0:
+        # The first run allocates and fills caches; only the slowest actions cannot afford a second.
+        if once < _SLOW:
             once = _timed(action.run, 1)[0]
         repeats[action.name] = max(1, min(_MAX_REPEATS, math.ceil(plan.turn / max(once, 1e-9))))
         turns[action.name] = once * repeats[action.name]
     counts = _counts(turns, plan)
-    samples = Samples({a.name: {} for a in actions}, {a.name: {} for a in actions})
+    samples = Samples(clock=plan.clock)
+    deadline = time.perf_counter() + 2 * plan.seconds
     for block in range(plan.blocks):
         tell(f"block {block + 1} of {plan.blocks}")
         due = [a for a in actions if _due(block, counts[a.name], plan.blocks)]
         shuffle.shuffle(due)
         gc.collect()
         for action in due:
-            wall, cpu = _timed(action.run, repeats[action.name])
-            samples.seconds[action.name][block] = wall
-            samples.cpu[action.name][block] = cpu
+            if time.perf_counter() < deadline or action.name not in samples.wall:
+                samples.add(action.name, block, *_timed(action.run, repeats[action.name]))
     return samples
 
 

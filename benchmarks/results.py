@@ -55,12 +55,13 @@ class SuiteResult:
     parameters: int
     gflops: float
     load: float
-    cpu_share: float
+    processors: float
     seconds: float
     optimizers: tuple[Line, ...]
     operations: tuple[Line, ...]
     memory: dict[str, int | None]
-    samples: dict[str, list[float]]
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,21 +85,19 @@ def result_of(
     assert product.flops is not None
     rate = product.flops / samples.median(product.name)
     actions = (*optimizers.actions, *operations.actions)
-    # How much processor the process got of one core, when it ran a single-threaded or threaded product.
-    wall = sum(samples.median(a.name) for a in actions)
-    cpu = sum(samples.cpu_median(a.name) for a in actions)
     return SuiteResult(
         name=suite.name,
         title=workload.title,
         parameters=workload.parameters,
         gflops=rate / 1e9,
         load=load,
-        cpu_share=cpu / wall,
+        processors=samples.processors(),
         seconds=seconds,
         optimizers=tuple(_line(r, (c.SGD, c.ADAMW), actions, samples, rate, peaks) for r in optimizers.rows),
         operations=tuple(_line(r, (suite.base,), actions, samples, rate, {}) for r in operations.rows),
         memory=dict(peaks),
-        samples={name: list(found.values()) for name, found in samples.seconds.items()},
+        wall={name: list(found.values()) for name, found in samples.wall.items()},
+        cpu={name: list(found.values()) for name, found in samples.cpu.items()},
     )
 
 
@@ -131,7 +130,7 @@ def render(result: SuiteResult) -> str:
         "",
         f"{result.name}: {result.title}; {result.parameters:,} parameters",
         f"matrix product {result.gflops:.1f} GFLOP/s in the same run, load average {result.load:.1f}, "
-        f"{result.cpu_share:.2f} processors used, {result.seconds:.0f} s",
+        f"{result.processors:.2f} processors used, {result.seconds:.0f} s",
     ]
     parts = ["\n".join(head)]
     if result.optimizers:

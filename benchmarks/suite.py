@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import contenders as c
-from benchmarks.harness import Plan
+from benchmarks.harness import Clock, Plan
 from benchmarks.workloads import Workload, autoencoder, small_classifier, transformer
 
 _ALL_SMALL = (
@@ -39,10 +39,10 @@ class Suite:
     memory: tuple[str, ...] = ()
     cycle: bool = False
 
-    def plan(self, quick: bool) -> Plan:
+    def plan(self, quick: bool, clock: Clock = "wall") -> Plan:
         if quick:
-            return Plan(blocks=5, least=2, seconds=self.seconds[1], turn=0.02)
-        return Plan(blocks=21, least=3, seconds=self.seconds[0])
+            return Plan(blocks=5, least=2, seconds=self.seconds[1], turn=0.02, clock=clock)
+        return Plan(blocks=21, least=3, seconds=self.seconds[0], clock=clock)
 
 
 _LARGE = ("kfac", "kfac-no-clip", "ekfac", "diagonal", "gram", "hessian-free", "trust-region")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -15,36 +14,89 @@ from benchmarks.workloads import Layer, autoencoder, flops_of, small_classifier,
 
 import natgrad as ng
 from benchmarks import contenders as c
-from benchmarks import memory
+from benchmarks import harness, memory
 
 
-def spin(seconds: float) -> Callable[[], None]:
-    def run() -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+class Clock:
+    """Time that passes only when an action says so."""
 
-    return run
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.now / 2
+
+    def action(self, name: str, seconds: Callable[[int], float]) -> Action:
+        """An action whose n-th run lasts ``seconds(n)``."""
+        runs = iter(range(10**6))
+
+        def run() -> None:
+            self.now += seconds(next(runs))
+
+        return Action(name, run)
 
 
-def test_measure_recovers_known_times_and_their_ratio() -> None:
-    actions = [Action("fast", spin(0.002)), Action("slow", spin(0.006))]
-    samples = measure(actions, Plan(blocks=7, least=3, seconds=5.0, turn=0.006))
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(harness, "time", fake)
+    return fake
+
+
+def test_measure_recovers_known_times_whatever_the_first_runs_cost(clock: Clock) -> None:
+    actions = [
+        clock.action("fast", lambda n: 5.0 if n == 0 else 0.5),
+        clock.action("slow", lambda n: 9.0 if n == 0 else 1.5),
+    ]
+    samples = measure(actions, Plan(blocks=7, least=3, seconds=1e3, turn=1.0))
+    assert samples.median("fast") == pytest.approx(0.5)
+    assert samples.median("slow") == pytest.approx(1.5)
+    assert len(samples.wall["fast"]) == len(samples.wall["slow"]) == 7
+    assert samples.processors() == pytest.approx(0.5)
     row = Row("three parts fast, one part slow", {"fast": 0.75, "slow": 0.25})
     ratio = row_ratio(samples, row, "fast")
-    # Other processes can only make a turn longer; the fastest turn shows what was asked for.
-    assert min(samples.seconds["slow"].values()) == pytest.approx(0.006, rel=0.2)
-    assert len(samples.seconds["fast"]) == len(samples.seconds["slow"]) == 7
-    assert ratio.low <= ratio.value <= ratio.high
-    assert ratio.low <= 1.5 <= ratio.high or ratio.value == pytest.approx(1.5, rel=0.3)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
-def test_slow_actions_sit_out_blocks_but_never_fall_below_the_least() -> None:
-    actions = [Action("fast", spin(0.001)), Action("slow", spin(0.02))]
-    samples = measure(actions, Plan(blocks=8, least=2, seconds=0.05, turn=0.001))
-    assert len(samples.seconds["fast"]) == 8
-    assert len(samples.seconds["slow"]) == 2
+def test_actions_are_interleaved_in_changing_order(clock: Clock) -> None:
+    order: list[str] = []
+    actions = [Action(name, lambda name=name: order.append(name)) for name in "abc"]
+    measure(actions, Plan(blocks=12, least=12, seconds=1.0, turn=0.0))
+    warm, blocks = order[:6], [order[i : i + 3] for i in range(6, len(order), 3)]
+    assert warm == ["a", "a", "b", "b", "c", "c"]
+    assert len(blocks) == 12 and all(sorted(block) == ["a", "b", "c"] for block in blocks)
+    assert len({tuple(block) for block in blocks}) > 2
+
+
+def test_slow_actions_sit_out_blocks_but_never_fall_below_the_least(clock: Clock) -> None:
+    actions = [clock.action("fast", lambda n: 0.01), clock.action("slow", lambda n: 0.9)]
+    samples = measure(actions, Plan(blocks=8, least=2, seconds=1.0, turn=0.0))
+    assert len(samples.wall["fast"]) == 8
+    assert len(samples.wall["slow"]) == 2
     assert len(samples.ratios("slow", "fast")) == 2
+
+
+def test_past_the_deadline_only_what_was_never_timed_is_still_timed(clock: Clock) -> None:
+    # Fast while it warms up, then a hundred times slower: as on a machine that others began to use.
+    actions = [
+        clock.action("slows down", lambda n: 0.01 if n < 2 else 1.0),
+        clock.action("steady", lambda n: 0.01),
+    ]
+    samples = measure(actions, Plan(blocks=8, least=2, seconds=0.5, turn=0.0))
+    assert len(samples.wall["slows down"]) in (1, 2)
+    assert len(samples.wall["steady"]) >= 1
+
+
+def test_either_clock_can_be_read() -> None:
+    samples = Samples(clock="cpu")
+    samples.add("a", 0, wall=4.0, cpu=1.0)
+    samples.add("b", 0, wall=8.0, cpu=3.0)
+    assert samples.ratios("b", "a") == [3.0]
+    assert Samples(samples.wall, samples.cpu).ratios("b", "a") == [2.0]
+    assert samples.processors() == pytest.approx(1 / 3)
 
 
 def test_rows_are_weighted_sums_and_ratios_are_taken_within_blocks() -> None:
