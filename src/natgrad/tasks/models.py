@@ -37,6 +37,13 @@ def mlp(widths: Sequence[int], activation: type[nn.Module], *, code: int | None 
     return nn.Sequential(*layers)
 
 
+def linear(inputs: int, *, bias: float) -> nn.Linear:
+    """One linear predictor whose bias starts at a given value."""
+    layer = nn.Linear(inputs, 1)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
 def autoencoder(widths: Sequence[int]) -> nn.Sequential:
     """``widths`` from the input to the code, then mirrored; tanh units, linear code, logits of the inputs out."""
     return mlp([*widths, *reversed(widths[:-1])], nn.Tanh, code=len(widths) - 1)
