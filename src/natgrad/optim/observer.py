@@ -60,8 +60,10 @@ class Observation:
     @property
     def alive(self) -> bool:
         """Whether the pass counts, or may yet: the user still holds its output or the graph behind it."""
-        held = any(leaf is not None and leaf() is not None for leaf in self.leaves)
-        return self.used or held or (self._life is not None and self._life() is not None)
+        if self.used or any(leaf is not None and leaf() is not None for leaf in self.leaves):
+            return True
+        # A tape keeps the graph alive by itself, and is of no use without the output.
+        return self.tape is None and self._life is not None and self._life() is not None
 
     def complete(self, output: Tensor) -> None:
         """Take ``output`` as what the likelihood reads, and notice when a backward pass reaches it."""
@@ -97,6 +99,8 @@ class _Hook:
         self._observer, self._when = None if observer is None else weakref.ref(observer), when
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
         observer = None if self._observer is None else self._observer()
         if observer is None or module is not observer.model:
             return
