@@ -115,7 +115,7 @@ LAYERED = [
     "mlp", "deep_linear", "bias_free", "frozen_bias", "inplace", "residual", "unused", "raw_parameter",
     "conv1d", "conv1d_circular", "conv2d", "conv2d_same", "conv2d_reflect", "conv2d_groups", "conv2d_depthwise",
     "conv3d", "mean_pooled_linear", "mixer", "attention", "heads", "layer_norm", "batch_norm_eval", "reused",
-    "two_inputs", "structured", "embedding_bag",
+    "two_inputs", "structured", "embedding_bag", "embedding_padding", "flattened",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad as ng
 from natgrad import errors
-from natgrad.testing import families, oracles
+from natgrad.testing import families, oracles, zoo
 from support import assert_close, distance
 
 CATEGORICAL = families.categorical()
@@ -102,6 +102,28 @@ def test_pitfall_07_predicted_kl_is_the_measured_one_for_small_steps():
     train_once(model, optimizer, x, y)
     measured = CATEGORICAL.kl(old, model(x).detach()).mean()
     assert float(measured) == pytest.approx(1e-9, rel=1e-2)
+
+
+FITTED = ["mlp", "inplace", "layer_norm", "batch_norm_train", "attention", "multihead", "lstm", "embedding_bag"]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_pitfall_07_quadratic_fit_takes_the_minimum_along_the_direction_of_the_exact_metric(name):
+    """Δ = −α d with α = gᵀd / dᵀ(F + λI)d, whatever approximation gave d; F is that of the whole batch."""
+    case, damping = zoo.case(name), 0.1
+    f = oracles.network_output(case.model, case.x)
+    y = torch.randint(0, 3, f.shape[:-1], generator=torch.Generator().manual_seed(1))
+    exact = oracles.exact_fisher(oracles.jacobian(case.model, case.x), CATEGORICAL.fisher(f))
+    options = {"metric": ng.Fisher(ng.Exact(), ng.Diagonal()), "search": ng.QuadraticFit(), "average": 0.0}
+    optimizer = ng.NaturalGradient(case.model, ng.Categorical(), lr=1.0, damping=damping, **options)
+    before = oracles.flatten(oracles.trainable(case.model))
+    F.cross_entropy(case().flatten(0, -2), y.flatten()).backward()
+    g = oracles.flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in case.model.parameters()])
+    optimizer.step()
+    step = oracles.flatten(oracles.trainable(case.model)) - before
+    d = -step / step.norm()
+    alpha = (g @ d) / (d @ exact @ d + damping * d @ d)
+    assert_close(step, -alpha * d, 1e-8)
 
 
 # 8: averages
@@ -228,6 +250,19 @@ def test_pitfall_20_other_passes_do_not_count(metric, between):
         optimizer.step()
         steps.append(theta(model) - before)
     assert torch.equal(*steps)
+
+
+def test_pitfall_20_training_in_evaluation_mode_is_refused_unless_asked_for():
+    model, (x, y) = make(), batch()
+    optimizer = ng.NaturalGradient(model, ng.Categorical(), lr=0.1, metric=EXACT_KFAC)
+    model.eval()
+    before = theta(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(errors.NotObservedError, match="training mode"):
+        optimizer.step()
+    assert torch.equal(theta(model), before)
+    closure_step(model, optimizer, x, y)  # a closure says by itself that it trains
+    assert distance(theta(model), before) > 1e-6
 
 
 def test_pitfall_20_checkpointing_counts_once():
@@ -794,6 +829,35 @@ def test_pitfall_41_the_counter_counts():
         torch.ones(3).sum().item()
         bool(torch.ones(()) > 0)
     assert syncs.count == 2
+
+
+PRESETS = [ng.KFAC, ng.EKFAC, ng.DiagonalNGD, ng.GramNGD, ng.NGD, ng.BlockNGD, ng.TrustRegionNGD]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("name", [n for n in zoo.NAMES if n != "batch_norm_eval"])
+def test_every_model_of_the_zoo_trains(name, preset):
+    """Two steps lower the loss on their batch, and move exactly the parameters that the loss depends on."""
+    case = zoo.case(name)
+    with torch.no_grad():
+        f = case()
+    y = torch.randint(0, 3, f.shape[:-1], generator=torch.Generator().manual_seed(1)).flatten()
+    optimizer = preset(case.model, ng.Categorical(), damping=0.1)
+    before = {n: p.detach().clone() for n, p in case.model.named_parameters()}
+    losses, used, moving = [], set(), set()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(case().flatten(0, -2), y)
+        losses.append(float(loss.detach()))
+        if len(losses) < 3:
+            loss.backward()
+            grads = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+            used |= set(grads)
+            moving |= {n for n, g in grads.items() if g.abs().max() > 1e-9}
+            optimizer.step()
+    assert losses[2] < losses[0]
+    moved = {n for n, p in case.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moving <= moved <= used
 
 
 def test_bug_of_singd_parameters_of_unknown_layers_are_never_trained():

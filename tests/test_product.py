@@ -83,6 +83,28 @@ def test_every_model(model, estimate, structure, generator):
     assert_close(solved, oracles.damped_inverse(expected, DAMPING) @ v)
 
 
+# Parameters that no layer rule can serve: everything else must be served by one, or large models become slow.
+WITHOUT_RULE = {
+    "raw_parameter": {"gain", "temperature"},
+    "shared_parameter": {"first.weight", "first.bias", "second.bias"},
+    "multihead": {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+    "encoder_layer": {
+        f"0.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    },
+    "lstm": {f"lstm.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    "tied_head": {"embedding.weight"},
+    "positional": {"position.weight"},
+    "time_first": {"stem.weight", "stem.bias", "head.weight", "head.bias"},
+}
+
+
+@pytest.mark.parametrize("model", UNCOUPLED)
+def test_layer_rules_serve_every_parameter_that_they_can(model):
+    partition = problem(model, "categorical").fisher("exact", ng.Dense()).partition
+    without = {name for cell in partition.cells if cell.module is None for name in cell.parameters}
+    assert without <= WITHOUT_RULE.get(model, set())
+
+
 SOLVERS = {
     "default": None,
     "cholesky": Cholesky(),

@@ -256,15 +256,16 @@ def record_layers(
     for i, (name, probe) in enumerate(flat):
         layer = model.get_submodule(name)
         full = torch.stack([torch.zeros_like(probe) if g[i] is None else g[i] for g in grads])
-        full = full.reshape(n, -1, *probe.shape)  # [N, outputs of the row, N, ...]
+        # [N, outputs of the row, N, positions of the row where tokens were flattened into the first axis, ...]
+        full = full.reshape(n, -1, n, probe.shape[0] // n, *probe.shape[1:])
         own = torch.stack([full[row, :, row] for row in range(n)])
         inputs = uses[name][len(records[name])][0]
         if isinstance(layer, nn.Linear):
             own = own.reshape(n, own.shape[1], -1, layer.out_features)
             inputs = inputs.reshape(n, -1, layer.in_features)
         else:
-            own = own.flatten(3).transpose(2, 3)
             assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            own = own.squeeze(2).flatten(3).transpose(2, 3)
             inputs = patches(layer, inputs)
         records[name].append(LayerRecord(inputs, own.reshape(*f.shape, *own.shape[2:])))
     return records

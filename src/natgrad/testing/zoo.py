@@ -336,6 +336,11 @@ _MODELS: dict[str, tuple[Builder, Any, str]] = {
     "reused": (Reused, _R, "tied"),
     "shared_parameter": (SharedParameter, _R, "tied"),
     "embedding_bag": (Bag, lambda: torch.tensor([[1, 2, 0], [3, 3, 5], [2, 0, 0], [5, 1, 3]]), ""),
+    "embedding_padding": (
+        lambda c: nn.Sequential(nn.Embedding(6, 2, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, c)),
+        lambda: torch.tensor([[1, 2, 0], [3, 3, 5], [2, 0, 0], [5, 1, 3]]),
+        "",
+    ),
     "mean_pooled_linear": (_mean_pooled_linear, (4, 3, 2), ""),
     "mixer": (Mixer, (4, 3, 2), "sequence"),
     "attention": (Attention, (3, 3, 4), "sequence"),
