@@ -31,13 +31,13 @@ class Factor:
         separate: the positions of one row must not share a column: each column stands for as many columns as there
             are positions, each zero at all positions but one.
         normaliser: ``M``, the number of predictions or the sum of their weights (0-d tensor).
-        valid: which predictions have weight, ``[N, *positions]``; None where all do.
+        weights: weights of the predictions, ``[N, *positions]``; None where all are one.
     """
 
     columns: Tensor
     separate: bool
     normaliser: Tensor
-    valid: Tensor | None
+    weights: Tensor | None
 
     @property
     def positions(self) -> int:
@@ -75,6 +75,10 @@ class Estimate(ABC):
     ) -> tuple[Tensor, bool]:
         """Unweighted columns ``[K, *f.shape]``, and whether positions must be separated."""
 
+    def weighted(self, columns: Tensor, weights: Tensor) -> Tensor:
+        """Columns of ``w Λ``."""
+        return columns * weights.sqrt()
+
     def factor(
         self, likelihood: Likelihood, f: Tensor, y: Target | None = None, generator: torch.Generator | None = None
     ) -> Factor:
@@ -106,11 +110,12 @@ class Estimate(ABC):
             weights, curvature = likelihood.weights(f, y), likelihood.curvature_weights(f, y)
         columns, separate = self.columns(likelihood, f, y, generator)
         columns = columns * torch.where(finite, 1.0, torch.nan).to(columns.dtype)
-        if curvature is not None and not isinstance(self, Empirical):
-            columns = columns * curvature.to(columns.dtype).sqrt()[..., None]
+        if curvature is not None:
+            columns = self.weighted(columns, curvature.to(columns.dtype)[..., None])
         if weights is None:
             return Factor(columns, separate, f.new_full((), f.shape[:-1].numel(), dtype=columns.dtype), None)
-        return Factor(columns, separate, weights.sum().to(columns.dtype), weights != 0)
+        weights = weights.to(columns.dtype)
+        return Factor(columns, separate, weights.sum(), weights)
 
 
 def _check_samples(samples: int) -> None:
@@ -181,8 +186,8 @@ class Empirical(Estimate):
     """Scores at the data's own labels.
 
     This is *not* the Fisher matrix: it depends on the labels' noise and vanishes as the model fits them (Kunstner,
-    Balles & Hennig 2019). The unit is a row of the batch: the score of a sequence is the sum over its positions. The
-    columns carry the weights of the loss, so that a row of the matrix is the outer product of that row's gradient.
+    Balles & Hennig 2019). The unit is a row of the batch: the score of a sequence is the sum over its positions. A weight
+    w counts a prediction w times, ``w s sᵀ``, as in the loss; the unit of the weights cancels.
     """
 
     needs_target: bool = True
@@ -192,6 +197,10 @@ class Empirical(Estimate):
     ) -> tuple[Tensor, bool]:
         assert y is not None
         return likelihood.score(f, y)[None], False
+
+    def weighted(self, columns: Tensor, weights: Tensor) -> Tensor:
+        # The score of the weighted loss is w s; one √w of it belongs here.
+        return torch.where(weights > 0, columns / weights.sqrt(), 0.0)
 
 
 def random_signs(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:

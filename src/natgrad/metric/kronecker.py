@@ -106,7 +106,7 @@ class Kronecker(Structure):
             groups, out = g.shape[1], g.shape[-1]
             g = g.transpose(0, 1).reshape(groups, -1, out)
             found = {"output": Moment(g.mT @ g, m)}
-            return found | {"input": self._input_moment(rows.a, factor)} if first else found
+            return found | {"input": self._input_moment(rows, factor)} if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = g.flatten(0, 2)
@@ -114,35 +114,36 @@ class Kronecker(Structure):
             return found | {"input": self._token_moment(rows, factor)} if first else found
         return {"diagonal": Moment(rows.squared_sum(), m)}
 
-    def _input_moment(self, a: Tensor, factor: Factor) -> Moment:
-        """``Σ a aᵀ`` over the examples and positions that count."""
+    def _input_moment(self, rows: LinearRows, factor: Factor) -> Moment:
+        """``Σ w a aᵀ`` over examples and positions."""
+        a = rows.a
         groups, n, s, fan_in = a.shape
-        valid = _valid_positions(factor, n, s)
+        w = _position_weights(factor, n, rows.spans or (s,))
+        if w is None:
+            inputs = a.mean(2) if self.sharing == "reduce" else a.reshape(groups, n * s, fan_in)
+            return Moment(inputs.mT @ inputs, a.new_full((), inputs.shape[1]))
         if self.sharing == "reduce":
-            if valid is None:
-                mean, count = a.mean(2), a.new_full((), n)
-            else:
-                per_row = valid.sum(1)
-                mean = (a * valid[..., None]).sum(2) / per_row.clamp_min(1)[:, None]
-                count = (per_row > 0).sum().to(a.dtype)
-            return Moment(mean.mT @ mean, count)
-        if valid is None:
-            a, count = a.reshape(groups, n * s, fan_in), a.new_full((), n * s)
-        else:
-            a, count = (a * valid[..., None]).reshape(groups, n * s, fan_in), valid.sum()
-        return Moment(a.mT @ a, count)
+            per_row = w.sum(1)
+            mean = (a * w[..., None]).sum(2) / per_row.clamp_min(torch.finfo(a.dtype).tiny)[:, None]
+            return Moment(mean.mT @ (mean * per_row[:, None]), w.sum())
+        inputs = a.reshape(groups, n * s, fan_in)
+        return Moment(inputs.mT @ (inputs * w.reshape(-1, 1)), w.sum())
 
     def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
         """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
         n, s = rows.index.shape
-        valid = _valid_positions(factor, n, s)
-        weight = rows.g.new_ones(n, s) if valid is None else valid.to(rows.g.dtype)
+        w = _position_weights(factor, n, rows.spans or (s,))
+        w = rows.g.new_ones(n, s) if w is None else w
+        if rows.padding is not None:
+            w = w * (rows.index != rows.padding)
         if self.sharing == "reduce":
-            share = weight / weight.sum(1, keepdim=True).clamp_min(1)
-            counts = share.new_zeros(n, rows.vocabulary).scatter_add_(1, rows.index, share)
-            return Moment(counts.square().sum(0), (weight.sum(1) > 0).sum().to(weight.dtype))
-        frequencies = weight.new_zeros(rows.vocabulary).index_add_(0, rows.index.flatten(), weight.flatten())
-        return Moment(frequencies, weight.sum())
+            per_row = w.sum(1)
+            share = w / per_row.clamp_min(torch.finfo(w.dtype).tiny)[:, None]
+            mean = share.new_zeros(n, rows.vocabulary).scatter_add_(1, rows.index, share)
+            # A row counts as its share of positions with weight, so that padding makes it no lighter.
+            return Moment((mean.square() * per_row[:, None]).sum(0), w.sum())
+        frequencies = w.new_zeros(rows.vocabulary).index_add_(0, rows.index.flatten(), w.flatten())
+        return Moment(frequencies, w.sum())
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         out: dict[str, LinearOperator] = {}
@@ -168,15 +169,23 @@ def _product(inputs: Tensor, outputs: Tensor) -> KroneckerProduct:
     return KroneckerProduct(outputs, inputs)
 
 
-def _valid_positions(factor: Factor, n: int, s: int) -> Tensor | None:
-    """Which of a layer's ``[N, S]`` positions feed predictions that count; None where all do (or none can be told)."""
-    valid = factor.valid
-    if valid is None or valid.shape[0] != n:
+def _position_weights(factor: Factor, n: int, spans: tuple[int, ...]) -> Tensor | None:
+    """Weights ``[N, S]`` of a layer's inputs from those of the predictions they feed; None where all count alike.
+
+    ``spans`` are the numbers of positions of each use of the layer; they add up to S.
+    """
+    weights = factor.weights
+    if weights is None or weights.shape[0] != n:
         return None
-    flat = valid.reshape(n, -1)
-    if s % flat.shape[1] == 0 and flat.shape[1] > 1:
-        return flat.repeat(1, s // flat.shape[1])
-    return flat.any(1, keepdim=True).expand(n, s)
+    flat = weights.reshape(n, -1)
+    parts = []
+    for span in spans:
+        if span % flat.shape[1] == 0:
+            # Several positions per token (heads, pixels) lie next to each other.
+            parts.append(flat.repeat_interleave(span // flat.shape[1], 1))
+        else:
+            parts.append(flat.mean(1, keepdim=True).expand(n, span))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
         if all(g is None for g in expected.values()):
             continue  # took no part in this pass
         if cell.name not in rows:
-            found.update({n: f"{cell.name} is used without calling its module, or is inside a compiled graph" for n in cell.parameters})
+            why = f"{cell.name} is used without calling its module, or is inside a compiled graph"
+            found.update({n: why for n in cell.parameters})
             continue
         whole = {n: g if g is not None else torch.zeros(1, *s, dtype=output.dtype, device=output.device)
                  for (n, g), s in zip(expected.items(), cell.shapes, strict=True)}  # fmt: skip

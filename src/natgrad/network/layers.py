@@ -121,7 +121,7 @@ class EmbeddingRule(LayerRule):
         if embedding.padding_idx is not None:
             # autograd gives the padding row no gradient; neither may the Fisher.
             g = g * (index != embedding.padding_idx).to(g.dtype)[..., None]
-        return EmbeddingRows(index, g, embedding.num_embeddings)
+        return EmbeddingRows(index, g, embedding.num_embeddings, embedding.padding_idx)
 
 
 class NormRule(LayerRule):

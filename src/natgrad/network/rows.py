@@ -107,10 +107,12 @@ class LinearRows(Rows):
     Args:
         a: inputs ``[groups, N, S, in]`` (with the homogeneous coordinate where there is a bias).
         g: output gradients ``[K, groups, N, S, out]``.
+        spans: lengths of the parts of S that stem from different uses of the layer; empty for a single use.
     """
 
     a: Tensor
     g: Tensor
+    spans: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -136,11 +138,12 @@ class LinearRows(Rows):
     def joined(self, other: Rows) -> Rows:
         if not isinstance(other, LinearRows):
             return DenseRows(self.dense() + other.dense())
-        return LinearRows(torch.cat([self.a, other.a], 2), torch.cat([self.g, other.g], 3))
+        spans = (*(self.spans or (self.positions,)), *(other.spans or (other.positions,)))
+        return LinearRows(torch.cat([self.a, other.a], 2), torch.cat([self.g, other.g], 3), spans)
 
     def stacked(self, other: Rows) -> Rows:
         if isinstance(other, LinearRows) and other.positions == self.positions:
-            return LinearRows(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 2))
+            return replace(self, a=torch.cat([self.a, other.a], 1), g=torch.cat([self.g, other.g], 2))
         return DenseRows(torch.cat([self.dense(), other.dense()], 1))
 
     def folded(self, n: int) -> LinearRows:
@@ -200,11 +203,19 @@ class EmbeddingRows(Rows):
         index: token indices ``[N, S]``.
         g: output gradients ``[K, N, S, width]``.
         vocabulary: number of table rows.
+        padding: index whose tokens are no examples (their ``g`` is zero); None where there is none.
+        spans: lengths of the parts of S that stem from different uses of the layer; empty for a single use.
     """
 
     index: Tensor
     g: Tensor
     vocabulary: int
+    padding: int | None = None
+    spans: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        return self.index.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -224,16 +235,17 @@ class EmbeddingRows(Rows):
         if not isinstance(other, EmbeddingRows):
             return DenseRows(self.dense() + other.dense())
         index, g = torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 2)
-        return EmbeddingRows(index, g, self.vocabulary)
+        spans = (*(self.spans or (self.positions,)), *(other.spans or (other.positions,)))
+        return replace(self, index=index, g=g, spans=spans)
 
     def stacked(self, other: Rows) -> Rows:
         if isinstance(other, EmbeddingRows) and other.index.shape[1] == self.index.shape[1]:
             index, g = torch.cat([self.index, other.index], 0), torch.cat([self.g, other.g], 1)
-            return EmbeddingRows(index, g, self.vocabulary)
+            return replace(self, index=index, g=g)
         return DenseRows(torch.cat([self.dense(), other.dense()], 1))
 
     def folded(self, n: int) -> EmbeddingRows:
-        return EmbeddingRows(self.index.reshape(n, -1), self.g.unflatten(1, (n, -1)).flatten(2, 3), self.vocabulary)
+        return replace(self, index=self.index.reshape(n, -1), g=self.g.unflatten(1, (n, -1)).flatten(2, 3))
 
     def largest(self) -> Tensor:
         return self.g.abs().amax((0, 2, 3))

@@ -121,9 +121,14 @@ class Tape:
             return []
         columns = columns.to(self.output.dtype)
         try:
-            return self._batched_backward(targets, columns)
+            found = self._batched_backward(targets, columns)
         except RuntimeError as error:
             raise clearer(error) from error
+        if any(g is not None and g.is_sparse for g in found):
+            raise UnsupportedError(
+                "A parameter has sparse gradients, which natgrad does not support. Make its embedding with sparse=False."
+            )
+        return found
 
     def _batched_backward(self, targets: Sequence[Tensor | GradientEdge], columns: Tensor) -> list[Tensor | None]:
         output: Any = self.output
@@ -162,12 +167,15 @@ def clearer(error: RuntimeError) -> Exception:
 
 
 class Recorder:
-    """Records one forward pass at a time: hooks stand on the layers only while it runs."""
+    """Records one forward pass at a time: hooks stand on the layers only while it runs.
+
+    They come first, so that a model that is itself a layer is recorded before an observer of the model takes them off.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.tape = Tape(weakref.ref(model))
         self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True)
             for name, module in model.named_modules()
             if rule_for(module) is not None
         ]
@@ -176,6 +184,8 @@ class Recorder:
         tape = self.tape
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return  # a compiled graph has no layers to watch; the coverage check names what was not seen
             if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
                 return
             x = args[0] if args else kwargs.get("input")
