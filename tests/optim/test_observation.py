@@ -144,7 +144,9 @@ def test_a_pass_does_not_overwrite_what_an_earlier_backward_needs():
         model, (x, y) = make(), batch()
         optimizer = optimizer_of(model)
         start, expected = flat(model), expected_step(model, x, y)
-        losses = [F.cross_entropy(model(a), b) * len(a) / 8 for a, b in zip(x.split([3, 5]), y.split([3, 5]))]
+        losses = [
+            F.cross_entropy(model(a), b) * len(a) / 8 for a, b in zip(*(t.split([3, 5]) for t in (x, y)), strict=True)
+        ]
         for loss in losses[::order]:
             loss.backward()
         optimizer.step()
@@ -483,7 +485,7 @@ def test_stale_outputs_are_errors():
     with pytest.raises(StaleTapeError, match="very tensor"):
         optimizer.observe(2 * output, y)
     F.cross_entropy(output, y).backward()
-    with pytest.raises(StaleTapeError, match="before loss.backward"):
+    with pytest.raises(StaleTapeError, match=r"before loss\.backward"):
         optimizer.observe(output, y)
     optimizer.zero_grad()
     fresh = model(x)

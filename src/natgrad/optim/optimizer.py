@@ -166,7 +166,8 @@ class NaturalGradient(torch.optim.Optimizer):
         with observation.differentiating(output) as tape:
             if self._uncovered is None:
                 # What the layers' rules account for cannot be told from NaN; wait for a pass that is finite.
-                observation.skipped = not bool(torch.isfinite(output).all())
+                seen = [output, *(use.input for uses in tape.uses.values() for use in uses)]
+                observation.skipped = not all(bool(torch.isfinite(t).all()) for t in seen)
                 if observation.skipped:
                     return
                 with torch.enable_grad():
@@ -495,7 +496,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["weight_decay"] and not self._search.needs_probe:
                 shrink = 1 - group["lr"] * group["weight_decay"]
                 for p in (parameters[name] for name in change):
-                    factor = torch.as_tensor(shrink, dtype=p.dtype, device=p.device)
+                    # Not in p's own precision: bfloat16 knows nothing between 0.996 and 1.
+                    factor = torch.as_tensor(shrink, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
                     p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
             if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
                 # One fused multiply-add, as torch.optim.SGD does it: the same bits.

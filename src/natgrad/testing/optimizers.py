@@ -73,8 +73,9 @@ def check_optimizer(
     reach neither parameters nor state, and training goes on afterwards. Buffers, random streams and gradients are as
     they are without the optimizer. Passes in eval mode, under no_grad, through a deep copy, or whose output no backward
     pass reaches, change nothing. A loss times a constant, its gradient divided by it, gives the same step.
-    Micro-batches accumulate to the step of the whole batch. The state dict holds plain tensors, loads with weights_only=True and
-    resumes to the bit. Parameters without gradient stay, frozen ones stay, unfrozen ones move. Schedulers work.
+    Micro-batches accumulate to the step of the whole batch. The state dict holds plain tensors, loads with
+    weights_only=True and resumes to the bit. Parameters without gradient stay, frozen ones stay, unfrozen ones move.
+    Schedulers work.
     """
     trial = _Trial(factory, problem, observe)
     check_no_change(trial)
