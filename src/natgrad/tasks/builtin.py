@@ -92,14 +92,16 @@ def diabetes() -> Task:
 
 def counts() -> Task:
     """Poisson regression: functions per module of Python's own standard library."""
-    train, test = _split(stdlib.definition_counts())
+    features, target = stdlib.definition_counts()
+    start = math.log(float(target.mean()))
+    train, test = _split((features, target))
     return Task(
         "counts",
         "How many functions each module of Python's own standard library defines, from ten marks of its size and style "
-        f"({len(train[0]) + len(test[0])} files of this Python); Poisson regression with a log link, every step on all "
+        f"({len(target)} files of this Python); Poisson regression with a log link, every step on all "
         "training rows. Real counts vary more than a Poisson variable would. The bias starts at the log of the mean "
         "count.",
-        models.seeded(lambda: models.linear(len(stdlib.FEATURES), bias=math.log(float(train[1].mean())))),
+        models.seeded(lambda: models.linear(len(stdlib.FEATURES), bias=start)),
         Poisson(),
         train,
         test,
