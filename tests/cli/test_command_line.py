@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from natgrad.cli import main
 from natgrad.cli.app import app
 from natgrad.cli.compare import parse_seconds
+from natgrad.cli.display import table
 from natgrad.cli.doctor import extras
 from natgrad.errors import ArgumentError
 from natgrad.tasks import BUILTIN, Comparison
@@ -169,3 +172,15 @@ def test_as_a_program():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "report.html" in done.stdout
+
+
+@pytest.mark.parametrize("width", [72, 100, 140])
+def test_numbers_are_never_cut_to_fit_the_terminal(width):
+    run("compare", "diabetes", "-o", "sgd,adamw", "--seeds", "1", "--steps", "3")
+    found = Comparison.load("runs/diabetes/comparison.json")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(found, width))
+    text = console.export_text()
+    assert "…" not in text and max(len(line) for line in text.splitlines()) <= width
+    for row in found.summary:
+        assert f"{row.train_loss:.4g}" in text

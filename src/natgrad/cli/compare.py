@@ -151,7 +151,7 @@ def _finish(comparison: Comparison, page: Path) -> None:
 
     console = output()
     if comparison.runs:
-        console.print(table(comparison))
+        console.print(table(comparison, console.width))
     if comparison.settings.tuning is not None:
         factors = ", ".join(f"{factor:g}" for factor in comparison.settings.tuning.factors)
         console.print(f"† the best of the default rate times {factors}, in short trials on the first seed.")

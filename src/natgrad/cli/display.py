@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from natgrad.tasks.train import Progress as Report
 
 _REFRESH = 0.1  # seconds between updates of the display: drawing must not slow the training it shows
+# (least width of the terminal, columns left out at that width)
+_DROPPED = ((125, ()), (95, ("KL/update", "memory", "cost")), (0, ("KL/update", "memory", "cost", "lr", "test loss")))
 _PHASES = {"tune": "tuning", "measure": "memory of", "train": "training"}
 
 
@@ -85,15 +88,18 @@ class Display:
         self.console.print(head + f"{run.steps:5d} steps in {run.seconds[-1]:.1f} s{loss}")
 
 
-def table(comparison: Comparison) -> Table:
-    """The summary, best final training loss first."""
-    metric = comparison.task.metric
-    columns = ["optimizer", "lr", "train loss", "test loss", metric, "steps", "ms/step", "cost", "KL/update", "memory"]
-    result = Table(title=f"{comparison.task.name}: medians over the seeds", title_justify="left")
-    for position, name in enumerate([*columns, "steps to target", "seconds to target"]):
-        result.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0)
-    for row in sorted(comparison.summary, key=lambda row: math.inf if row.train_loss is None else row.train_loss):
-        result.add_row(*_cells(row, metric))
+def table(comparison: Comparison, width: int) -> Table:
+    """The summary, best final training loss first; on a narrow terminal without the columns that matter least."""
+    dropped = next(names for least, names in _DROPPED if width >= least)
+    result = Table(title=f"{comparison.task.name}: medians over the seeds", title_justify="left", box=box.SIMPLE_HEAD)
+    result.add_column("optimizer", no_wrap=True)
+    rows = sorted(comparison.summary, key=lambda row: math.inf if row.train_loss is None else row.train_loss)
+    cells = [_cells(row, comparison.task.metric) for row in rows]
+    for name in cells[0]:
+        if name not in dropped:
+            result.add_column(name, justify="right", min_width=max(len(row[name]) for row in cells))
+    for row, values in zip(rows, cells, strict=True):
+        result.add_row(row.optimizer, *(value for name, value in values.items() if name not in dropped))
     return result
 
 
@@ -101,27 +107,26 @@ def failures(comparison: Comparison) -> Iterator[str]:
     """One line per optimizer with failed runs."""
     for row in comparison.summary:
         if row.failed:
-            yield f"[red]{row.optimizer}[/]: {row.failed} of {row.runs} runs failed: {escape(row.failure or '')}"
+            yield f"[red]{row.optimizer}[/]: {row.failed} of {row.runs} runs did not finish: {escape(row.failure or '')}"
 
 
-def _cells(row: SummaryRow, metric: str) -> list[str]:
+def _cells(row: SummaryRow, metric: str) -> dict[str, str]:
+    """Column name -> text."""
     share = row.test_metric
-    shown = f"{100 * share:.1f}%" if share is not None and metric == "accuracy" else _number(share)
     memory = row.peak_memory_bytes
-    return [
-        row.optimizer,
-        _number(row.lr, 3) + ("†" if row.tuned else ""),
-        _number(row.train_loss),
-        _number(row.test_loss),
-        shown,
-        str(row.steps),
-        _number(None if row.seconds_per_step is None else 1e3 * row.seconds_per_step, 3),
-        "–" if row.cost_ratio is None else f"{row.cost_ratio:.1f}x",
-        _number(row.kl_per_update, 2),
-        "–" if memory is None else f"{memory / 1e6:.1f} MB",
-        _number(row.steps_to_target),
-        _number(row.seconds_to_target, 3),
-    ]
+    return {
+        "lr": _number(row.lr, 3) + ("†" if row.tuned else ""),
+        "train loss": _number(row.train_loss),
+        "test loss": _number(row.test_loss),
+        metric: f"{100 * share:.1f}%" if share is not None and metric == "accuracy" else _number(share),
+        "steps": str(row.steps),
+        "ms/step": _number(None if row.seconds_per_step is None else 1e3 * row.seconds_per_step, 3),
+        "cost": "–" if row.cost_ratio is None else f"{row.cost_ratio:.1f}x",
+        "KL/update": _number(row.kl_per_update, 2),
+        "memory": "–" if memory is None else f"{memory / 1e6:.1f} MB",
+        "steps to target": _number(row.steps_to_target),
+        "seconds to target": _number(row.seconds_to_target, 3),
+    }
 
 
 def _number(value: float | None, digits: int = 4) -> str:
