@@ -33,7 +33,9 @@ def run_suite(
         operations = operations + make(workload)
     product = c.matrix_product(workload)
     started, load = time.perf_counter(), os.getloadavg()[0]
-    samples = measure([product, *optimizers.actions, *operations.actions], suite.plan(quick, clock), seed, _tell)
+    actions = [product, *optimizers.actions, *operations.actions]
+    bases = (product.name, c.SGD, c.ADAMW, *({suite.base} - {c.SGD} if suite.operations else ()))
+    samples = measure(actions, suite.plan(quick, clock), bases, seed, _tell)
     seconds, load = time.perf_counter() - started, max(load, os.getloadavg()[0])
     peaks: dict[str, int | None] = {}
     if with_memory:

@@ -119,9 +119,16 @@ class Interval:
 
 
 def measure(
-    actions: Sequence[Action], plan: Plan, seed: int = 0, tell: Callable[[str], None] = lambda text: None
+    actions: Sequence[Action],
+    plan: Plan,
+    bases: Sequence[str] = (),
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Samples:
-    """Time all actions, interleaved in random order; what warms up is not counted."""
+    """Time all actions, interleaved in random order; what warms up is not counted.
+
+    The actions named in ``bases`` run in every block, so that every other action has something to be compared with.
+    """
     shuffle = random.Random(seed)
     repeats: dict[str, int] = {}
     turns: dict[str, float] = {}
@@ -133,16 +140,16 @@ def measure(
             once = _timed(action.run, 1)[0]
         repeats[action.name] = max(1, min(_MAX_REPEATS, math.ceil(plan.turn / max(once, 1e-9))))
         turns[action.name] = once * repeats[action.name]
-    counts = _counts(turns, plan)
+    counts = _counts(turns, plan, bases)
     samples = Samples(clock=plan.clock)
     deadline = time.perf_counter() + 2 * plan.seconds
     for block in range(plan.blocks):
         tell(f"block {block + 1} of {plan.blocks}")
-        due = [a for a in actions if _due(block, counts[a.name], plan.blocks)]
+        due = [a for i, a in enumerate(actions) if _due(block + 7 * i, counts[a.name], plan.blocks)]
         shuffle.shuffle(due)
         gc.collect()
         for action in due:
-            if time.perf_counter() < deadline or action.name not in samples.wall:
+            if action.name in bases or time.perf_counter() < deadline or action.name not in samples.wall:
                 samples.add(action.name, block, *_timed(action.run, repeats[action.name]))
     return samples
 
@@ -156,13 +163,14 @@ def _timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     return wall / repeats, cpu / repeats
 
 
-def _counts(turns: Mapping[str, float], plan: Plan) -> dict[str, int]:
+def _counts(turns: Mapping[str, float], plan: Plan, bases: Sequence[str]) -> dict[str, int]:
     """In how many blocks each action runs: all, unless it would take more than its share of the time left."""
-    counts: dict[str, int] = {}
-    left = plan.seconds
+    counts = dict.fromkeys(bases, plan.blocks)
+    left = plan.seconds - plan.blocks * sum(turns[name] for name in bases)
+    others = sorted((n for n in turns if n not in counts), key=lambda n: turns[n])
     # From the fastest on: what a fast action leaves of its share goes to the slower ones.
-    for position, name in enumerate(sorted(turns, key=lambda n: turns[n])):
-        share = left / (len(turns) - position)
+    for position, name in enumerate(others):
+        share = left / (len(others) - position)
         affordable = int(share / max(turns[name], 1e-9))
         counts[name] = min(plan.blocks, max(plan.least, affordable))
         left = max(0.0, left - counts[name] * turns[name])
@@ -170,7 +178,8 @@ def _counts(turns: Mapping[str, float], plan: Plan) -> dict[str, int]:
 
 
 def _due(block: int, count: int, blocks: int) -> bool:
-    """Whether an action that runs in ``count`` of ``blocks`` blocks runs in this one: evenly spread."""
+    """Whether an action that runs in ``count`` of ``blocks`` blocks runs in this one: evenly spread, and cyclic."""
+    block %= blocks
     return (block + 1) * count // blocks > block * count // blocks
 
 

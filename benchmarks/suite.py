@@ -42,7 +42,7 @@ class Suite:
     def plan(self, quick: bool, clock: Clock = "wall") -> Plan:
         if quick:
             return Plan(blocks=5, least=2, seconds=self.seconds[1], turn=0.02, clock=clock)
-        return Plan(blocks=21, least=3, seconds=self.seconds[0], clock=clock)
+        return Plan(blocks=15, least=3, seconds=self.seconds[0], clock=clock)
 
 
 _LARGE = ("kfac", "kfac-no-clip", "ekfac", "diagonal", "gram", "hessian-free", "trust-region")
