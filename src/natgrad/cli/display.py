@@ -107,7 +107,8 @@ def failures(comparison: Comparison) -> Iterator[str]:
     """One line per optimizer with failed runs."""
     for row in comparison.summary:
         if row.failed:
-            yield f"[red]{row.optimizer}[/]: {row.failed} of {row.runs} runs did not finish: {escape(row.failure or '')}"
+            reason = escape(row.failure or "")
+            yield f"[red]{row.optimizer}[/]: {row.failed} of {row.runs} runs did not finish: {reason}"
 
 
 def _cells(row: SummaryRow, metric: str) -> dict[str, str]:
