@@ -126,6 +126,33 @@ def test_pitfall_07_quadratic_fit_takes_the_minimum_along_the_direction_of_the_e
     assert_close(step, -alpha * d, 1e-8)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "preset", [ng.KFAC, ng.EKFAC, ng.BlockNGD, ng.DiagonalNGD, ng.GramNGD], ids=lambda p: p.__name__
+)
+def test_pitfall_07_defaults_learn_on_small_batches(preset, seed):
+    """A sampled metric of a small batch has almost no rank: a clip by ½ΔᵀFΔ alone does not see a step out of its span.
+
+    Ten classes by a linear rule, 60 batches of 32: from ln 10 = 2.3, and never far above it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 10))
+    x = torch.randn(512, 20, generator=generator)
+    y = (x @ torch.randn(20, 10, generator=generator)).argmax(-1)
+    optimizer, losses = preset(model, ng.Categorical()), []
+    for _ in range(60):
+        rows = torch.randint(0, 512, (32,), generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        assert float(F.cross_entropy(model(x), y)) < 1.2
+    assert max(losses) < 3.5
+
+
 # 8: averages
 
 
