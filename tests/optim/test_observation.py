@@ -295,7 +295,7 @@ def test_reentrant_checkpointing_is_a_clear_error(metric):
 
 
 def test_reentrant_checkpointing_that_hides_layers_is_a_clear_error():
-    """Where the checkpointed part is the first, natgrad's backward pass never meets it: the layers are just not seen."""
+    """The checkpointed part comes first: natgrad's backward pass never meets it, its layers are just not seen."""
     model, (x, y) = Checkpointed(True), batch()
     model.stem.requires_grad_(False)
     optimizer = optimizer_of(model)

@@ -120,10 +120,12 @@ def _operator(
         raise ArgumentError("The model has no parameter that requires a gradient, so it has no Fisher matrix.")
     args, kwargs = as_arguments(x)
     if metric.replayed:
-        partition = metric.partition(model)
-        statistics = metric.products(
-            Pass(model, args, kwargs), likelihood, y, partition, generator=generator or _generator(model)
-        )
+        partition, observed = metric.partition(model), Pass(model, args, kwargs)
+        with torch.no_grad():
+            output = observed.run()
+        check_finite_output(output)
+        likelihood.check_output(output)
+        statistics = metric.products(observed, likelihood, y, partition, generator=generator or _generator(model))
     else:
         tape = record(model, x)
         assert tape.output is not None

@@ -1,6 +1,8 @@
-"""What the layers' rules account for in a real forward pass: found by comparing with autograd, not by a list of types."""
+"""What the layers' rules account for in a real forward pass: found by comparing with autograd, not listed by type."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -44,11 +46,11 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
     return found
 
 
-def unreached_parameters(tape: Tape) -> frozenset[str]:
-    """Trainable parameters on which the observed output does not depend, as far as autograd can tell."""
+def unreached_parameters(tape: Tape, names: Sequence[str]) -> frozenset[str]:
+    """Those of the parameters called ``names`` on which the observed output does not depend, as autograd sees it."""
     output = tape.output
     assert output is not None
-    parameters = trainable_parameters(tape.model)
+    parameters = {n: p for n, p in trainable_parameters(tape.model).items() if n in set(names)}
     grads = tape.backward(list(parameters.values()), torch.zeros_like(output)[None])
     return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)
 

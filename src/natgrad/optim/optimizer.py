@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from natgrad.network import (
     BlockVector,
     Partition,
     RandomState,
+    Tape,
     trainable_parameters,
     unreached_parameters,
 )
@@ -32,6 +33,7 @@ from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search
 from natgrad.step.local import rejected
 
 Closure = Callable[[], Any]
+_GENERATOR, _NOTE = "generator", "natgrad"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self._uncovered: dict[str, str] | None = None
         self._steps = 0
         self._unreached: frozenset[str] = frozenset()
-        self._known_uses: frozenset[str] = frozenset()
+        self._alone = False  # whether no pass with more than one row was examined
+        self._stale = False  # whether the blocks are of before the last examination
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
         self._observer = Observer(model, self._wants_tape, self._on_pass)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
         super().__init__(list(parameters.values()), defaults)
+        self.param_groups[0][_NOTE] = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -170,11 +174,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 observation.skipped = not all(bool(torch.isfinite(t).all()) for t in seen)
                 if observation.skipped:
                     return
-                with torch.enable_grad():
-                    self._uncovered = self._metric.examine(tape, self._likelihood, self._generator)
-                    self._unreached, self._known_uses = unreached_parameters(tape), frozenset(tape.uses)
-            for module in set(tape.uses) - self._known_uses:  # an expert that the first pass left out
-                self._unreached -= {f"{module}.{n}" for n, _ in self._model.get_submodule(module).named_parameters()}
+            with torch.enable_grad():
+                self._examine(tape, output)
             curvature = self._curvature_for(self._partition())
             bases = dict(curvature.bases)
             for other in self._observer.observations:
@@ -183,6 +184,21 @@ class NaturalGradient(torch.optim.Optimizer):
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
         observation.tape = None  # the layers' inputs are no longer needed
+
+    def _examine(self, tape: Tape, output: Tensor) -> None:
+        """Learn which parameters the layers' rules serve: in the first pass, and where a later one can show more.
+
+        A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
+        first with more than one row: with one, every axis looks like the batch.
+        """
+        first, alone = self._uncovered is None, output.shape[0] == 1
+        names = tuple(trainable_parameters(self._model)) if first else tuple(sorted(self._unreached))
+        unreached = unreached_parameters(tape, names)
+        if not first and unreached == self._unreached and (alone or not self._alone):
+            return
+        found, known = self._metric.examine(tape, self._likelihood, self._generator), self._uncovered or {}
+        self._stale = not first and not found.keys() <= known.keys()
+        self._uncovered, self._unreached, self._alone = {**found, **known}, unreached, alone
 
     def observe(self, output: Tensor, target: Target | None = None) -> None:
         """Say explicitly which output the loss is made of, between the forward pass and ``backward()``.
@@ -246,6 +262,8 @@ class NaturalGradient(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             if p in self.state:
                 self.state[p]["step"] = torch.tensor(float(self._steps))
+        if not self.param_groups[0].get(_NOTE):
+            self._note_state()  # torch.distributed.checkpoint saves and loads only what is there
         return loss
 
     @torch.no_grad()
@@ -288,8 +306,8 @@ class NaturalGradient(torch.optim.Optimizer):
         loss, output, target = evaluation
         if not loss.requires_grad:
             raise ArgumentError(
-                "The closure's loss has no graph: it was detached, computed under no_grad, or the closure already called "
-                "backward(). Return (loss, output) straight from the computation."
+                "The closure's loss has no graph: it was detached, computed under no_grad, or the closure already "
+                "called backward(). Return (loss, output) straight from the computation."
             )
         self.zero_grad()
         with torch.enable_grad():
@@ -313,21 +331,22 @@ class NaturalGradient(torch.optim.Optimizer):
                 if p.grad.is_sparse:
                     raise UnsupportedError(f"The gradient of {name} is sparse, which natgrad does not support.")
                 gradients[name] = p.grad
-        return gradients
-
-    def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
-        """Whether a step can be taken: none for zero gradients without any observation, none where all is NaN."""
-        if observations and all(o.skipped for o in observations):
-            self.last = _skipped(self._damping)
-            return False
         strange = [n for n in sorted(self._unreached) if n in gradients and bool(gradients[n].any())]
-        if strange:
+        if strange and self._statistics_due():
             raise UnsupportedError(
                 f"{', '.join(strange[:5])} {'and others have' if len(strange) > 5 else 'has'} a gradient, but the "
                 "observed output does not depend on it, so the metric knows nothing about it. Either the loss has a "
                 "part that is not made of this output (freeze those parameters here, and train them with an optimizer "
                 "of their own), or reentrant activation checkpointing hides it (use use_reentrant=False)."
             )
+        # One that is reached for the first time while no statistics are due waits for them.
+        return {n: g for n, g in gradients.items() if n not in strange}
+
+    def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
+        """Whether a step can be taken: none for zero gradients without any observation, none where all is NaN."""
+        if observations and all(o.skipped for o in observations):
+            self.last = _skipped(self._damping)
+            return False
         needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
         if not needed or observations or not self._metric.needs_observation and not self._needs_probe():
             return True
@@ -347,7 +366,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _partition(self) -> Partition:
         names = tuple(trainable_parameters(self._model))
-        if self._curvature is not None and self._curvature.partition.order == names:
+        if self._curvature is not None and self._curvature.partition.order == names and not self._stale:
             return self._curvature.partition
         return self._metric.partition(self._model, self._uncovered)
 
@@ -362,6 +381,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 for observation in self._observer.observations:  # seen with other blocks
                     observation.skipped = observation.statistics is not None
             self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
+            self._stale = False
         return self._curvature
 
     def _update_curvature(self, observations: list[Observation], gradients: dict[str, Tensor]) -> Curvature:
@@ -553,27 +573,41 @@ class NaturalGradient(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by parameter, and in the parameter group what else a resumed run needs; loads with weights_only."""
-        saved = super().state_dict()
-        group = saved["param_groups"][0]
-        group["natgrad"] = {
-            "metric": repr(self._metric),
-            "steps": self._steps,
-            "generator": self._generator.get_state(),
-            "damping": dict(self._damping.state()),
-            "uncovered": None if self._uncovered is None else dict(self._uncovered),
-        }
-        return saved
+        """Tensors by parameter, and in the parameter group one text with what else a resumed run needs.
+
+        Loads with ``weights_only=True`` and through ``torch.distributed.checkpoint``, which knows only tensors under
+        parameters and plain values in groups.
+        """
+        self._note_state()
+        return super().state_dict()
+
+    def _note_state(self) -> None:
+        """Write what is not a tensor of a parameter where checkpoints look: a text in the group, and the generator."""
+        self.param_groups[0][_NOTE] = json.dumps(
+            {
+                "metric": repr(self._metric),
+                "steps": self._steps,
+                "damping": dict(self._damping.state()),
+                "uncovered": self._uncovered,
+                "unreached": sorted(self._unreached),
+                "alone": self._alone,
+            }
+        )
+        for p in self.param_groups[0]["params"]:
+            if p in self.state:
+                self.state[p][_GENERATOR] = self._generator.get_state()
+                return
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them."""
+        """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them.
+
+        Raises:
+            ArgumentError: the state is of another metric, or its tensors are missing.
+        """
         incoming = {**state_dict, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
-        own = incoming["param_groups"][0].pop("natgrad", None)
-        if own is not None and own["metric"] != repr(self._metric):
-            raise ArgumentError(
-                f"The state is of an optimizer with metric {own['metric']}, and this one has {self._metric!r}. Their "
-                "averages do not fit each other: load it into an optimizer with the same metric, or start afresh."
-            )
+        own = json.loads(incoming["param_groups"][0].get(_NOTE) or "null")
+        if own is not None:
+            self._check_saved(own, state_dict["state"])
         super().load_state_dict(incoming)
         parameters = [p for g in self.param_groups for p in g["params"]]
         order = [i for g in incoming["param_groups"] for i in g["params"]]
@@ -581,14 +615,28 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(device=p.device if value.dim() else value.device, copy=True)
+        for slot in self.state.values():
+            if _GENERATOR in slot:
+                self._generator.set_state(slot[_GENERATOR].cpu())
         if own is not None:
-            self._steps = own["steps"]
-            self._generator.set_state(own["generator"].cpu())
+            self._steps, self._uncovered = own["steps"], own["uncovered"]
             self._damping = self._damping.restored(own["damping"])
-            self._uncovered = deepcopy(own["uncovered"])
+            self._unreached, self._alone = frozenset(own["unreached"]), own["alone"]
         self._curvature = None
         if any("step" in s for s in self.state.values()) and (self._uncovered is not None or self._metric.replayed):
             self._curvature_for(self._partition())
+
+    def _check_saved(self, own: dict[str, Any], state: dict[Any, Any]) -> None:
+        if own["metric"] != repr(self._metric):
+            raise ArgumentError(
+                f"The state is of an optimizer with metric {own['metric']}, and this one has {self._metric!r}. Their "
+                "averages do not fit each other: load it into an optimizer with the same metric, or start afresh."
+            )
+        if own["steps"] and not state:
+            raise ArgumentError(
+                f"The state is of an optimizer that has taken {own['steps']} steps, but holds no tensors. "
+                "torch.distributed.checkpoint loads only what the optimizer already has: take one step before loading."
+            )
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,105 @@
+"""Running averages and the refresh schedule, against written-out sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natgrad.errors import ArgumentError
+from natgrad.metric.running import Average, Refresh
+from natgrad.metric.statistics import Moment, Moments, RowStatistics
+from natgrad.network import DenseRows
+from support import assert_close
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), st.floats(0.0, 0.999))
+def test_the_mean_is_the_weighted_sum_over_the_weights(values, decay):
+    average = Average.start(torch.zeros(2, dtype=torch.float64))
+    for value in values:
+        average = average.updated(torch.tensor([value, 1.0], dtype=torch.float64), decay)
+    weights = [(1 - decay) * decay ** (len(values) - 1 - t) for t in range(len(values))]
+    expected = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+    assert float(average.value[0]) == pytest.approx(expected, rel=1e-10, abs=1e-10 * max(map(abs, values)))
+    assert float(average.value[1]) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_the_first_value_counts_in_full():
+    x = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    assert_close(Average.start(x).updated(x, 0.95).value, x, 1e-14)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_not_finite_is_left_out(bad, first):
+    good, poisoned = torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, bad]).double()
+    average = Average.start(good)
+    if not first:
+        average = average.updated(good, 0.9)
+    after = average.updated(poisoned, 0.9)
+    assert torch.equal(after.total, average.total) and torch.equal(after.weight, average.weight)
+    assert_close(after.updated(good, 0.9).value, good, 1e-14)
+
+
+def test_what_is_declared_invalid_is_left_out():
+    x = torch.tensor([1.0, 2.0]).double()
+    average = Average.start(x).updated(x, 0.9)
+    after = average.updated(5 * x, 0.9, torch.tensor(False))
+    assert torch.equal(after.total, average.total) and torch.equal(after.weight, average.weight)
+    assert not torch.equal(average.updated(5 * x, 0.9, torch.tensor(True)).total, average.total)
+
+
+def test_updating_makes_new_tensors():
+    x = torch.ones(2)
+    average = Average.start(x).updated(x, 0.5)
+    total = average.total.clone()
+    average.updated(3 * x, 0.5)
+    assert torch.equal(average.total, total) and torch.equal(x, torch.ones(2))
+
+
+def test_refresh_is_frequent_at_first():
+    refresh = Refresh(3, 10)
+    assert [t for t in range(31) if refresh.inverse_due(t)] == [0, 1, 2, 4, 8, 10, 20, 30]
+    assert [t for t in range(10) if refresh.statistics_due(t)] == [0, 3, 6, 9]
+    assert all(Refresh(1, 1).inverse_due(t) and Refresh(1, 1).statistics_due(t) for t in range(9))
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, 0), (-1, 1), (1.5, 1), (1, "2")])
+def test_intervals_are_whole_numbers_of_at_least_one(values):
+    with pytest.raises(ArgumentError, match="whole number"):
+        Refresh(*values)
+
+
+def moment(total: float, count: float) -> Moment:
+    return Moment(torch.tensor([total], dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
+
+
+def test_moments_of_micro_batches_add_up():
+    first = Moments({"a": {"output": moment(3.0, 2.0)}, "b": {"diagonal": moment(1.0, 2.0)}})
+    second = Moments({"a": {"output": moment(9.0, 4.0), "input": moment(1.0, 1.0)}})
+    means = (first + second).means()
+    assert (
+        float(means["a"]["output"]) == 2.0
+        and float(means["a"]["input"]) == 1.0
+        and float(means["b"]["diagonal"]) == 0.5
+    )
+    assert float(first.means()["a"]["output"]) == 1.5  # the summands are left as they are
+
+
+def test_a_batch_without_weight_has_moments_of_zero_and_not_nan():
+    assert float(moment(0.0, 0.0).mean) == 0.0
+
+
+def test_rows_of_micro_batches_are_stacked_and_missing_ones_are_zero():
+    a, b = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()
+    extra = torch.randn(2, 5, 1).double()
+    one = torch.tensor(1.0).double()
+    joined = RowStatistics({"a": DenseRows(a)}, 3 * one) + RowStatistics(
+        {"a": DenseRows(b), "e": DenseRows(extra)}, 5 * one
+    )
+    assert torch.equal(joined.rows["a"].dense(), torch.cat([a, b], 1)) and float(joined.normaliser) == 8
+    assert torch.equal(joined.rows["e"].dense(), torch.cat([torch.zeros(2, 3, 1).double(), extra], 1))
