@@ -270,8 +270,8 @@ def _messages(rows: list[BlockAudit], damping: float) -> list[str]:
         first = next(b for b in rows if b.name == plain[0])
         messages.append(
             f"The preconditioner of {', '.join(plain)} is effectively plain gradient descent: its direction is the "
-            f"gradient's (cosine {first.gradient_cosine:.6f}). The damping {damping:g} is far above the curvature (mean "
-            f"eigenvalue {first.trace_exact / first.size:.3g}); lower it, or use Proportional damping."
+            f"gradient's (cosine {first.gradient_cosine:.6f}). The damping {damping:g} is far above the curvature "
+            f"(mean eigenvalue {first.trace_exact / first.size:.3g}); lower it, or use Proportional damping."
         )
     scaled = [b.name for b in rows if b.trace_exact > 0 and not 1 / _SCALE < b.trace_ratio < _SCALE]
     if scaled:
