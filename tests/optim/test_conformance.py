@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad.linalg import CG, Eigh, NewtonSchulz
+from natgrad.linalg import CG, NewtonSchulz
 from natgrad.testing import optimizers as laws
 from natgrad.testing.optimizers import CLASSIFICATION, REGRESSION, check_optimizer
 
@@ -59,7 +59,6 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "signed": (ng.NaturalGradient, {"metric": ng.Fisher(ng.Signed(), ng.Dense()), "lr": 0.1}, {"sampled": True}),
     "euclidean": (ng.NaturalGradient, {"metric": ng.Euclidean(), "lr": 0.1, "momentum": 0.9}, {}),
     "cg": (ng.NaturalGradient, {"metric": EXACT_KFAC, "solver": CG(tolerance=1e-13), "lr": 0.1}, {}),
-    "eigh": (ng.NaturalGradient, {"metric": EXACT_KFAC, "solver": Eigh(), "lr": 0.1}, {}),
     "newton_schulz": (ng.NaturalGradient, {"metric": EXACT_KFAC, "solver": NewtonSchulz(), "lr": 0.1}, {}),
 }
 
@@ -70,7 +69,7 @@ def test_classification(name):
     check_optimizer(lambda model: kind(model, ng.Categorical(), **options), problem=CLASSIFICATION, **laws)
 
 
-@pytest.mark.parametrize("name", ["ngd", "kfac", "gram_exact", "hessian_free", "trust_region_labels", "newton"])
+@pytest.mark.parametrize("name", ["kfac", "gram_exact", "trust_region_labels"])
 def test_regression(name):
     kind, options, laws = CASES[name]
     check_optimizer(lambda model: kind(model, ng.Gaussian(), **options), problem=REGRESSION, **laws)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 
 from natgrad.errors import ArgumentError, StaleTapeError
@@ -168,7 +169,7 @@ class Observer:
             and (module.training or self._forced)
             and not self._paused
             and not is_replaying()
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and _functorch.peek_interpreter_stack() is None
             and not torch.compiler.is_compiling()
         )
 

@@ -134,7 +134,7 @@ def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor,
         for vector in vectors:
             tangent = {n: vector[n].to(parameters[n].dtype) if n in vector else torch.zeros_like(parameters[n])
                        for n in parameters}  # fmt: skip
-            output, jv = torch.func.jvp(observed.run, (parameters,), (tangent,))
+            output, jv = torch.func.jvp(observed.run, (parameters,), (tangent,))  # pyright: ignore
             pushed.append(jv.detach())
         assert output is not None
         return output.detach(), pushed

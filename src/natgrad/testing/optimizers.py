@@ -365,10 +365,14 @@ def _leaves(tree: object) -> Iterator[tuple[object, ...]]:
 def _same_tree(a: object, b: object) -> bool:
     ours, theirs = list(_leaves(a)), list(_leaves(b))
     return len(ours) == len(theirs) and all(
-        x[:-1] == y[:-1]
-        and (torch.equal(x[-1], y[-1]) and x[-1].dtype == y[-1].dtype if isinstance(x[-1], Tensor) else x[-1] == y[-1])
-        for x, y in zip(ours, theirs, strict=True)
+        x[:-1] == y[:-1] and _same_leaf(x[-1], y[-1]) for x, y in zip(ours, theirs, strict=True)
     )
+
+
+def _same_leaf(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
 
 
 def _finite_state(optimizer: torch.optim.Optimizer) -> bool:
