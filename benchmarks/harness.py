@@ -20,7 +20,7 @@ from typing import Literal
 Clock = Literal["wall", "cpu"]
 _RESAMPLES = 2000
 _MAX_REPEATS = 500
-_SLOW = 10.0
+_SLOW = 3.0
 
 
 @dataclass(frozen=True)
