@@ -2,6 +2,7 @@
 
 from natgrad import linalg
 from natgrad.diagnostics import audit
+from natgrad.governance import Ledger
 from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
 from natgrad.metric import (
     BlockDiagonal,
@@ -79,6 +80,7 @@ __all__ = [
     "KLClip",
     "Kronecker",
     "LearningRate",
+    "Ledger",
     "LevenbergMarquardt",
     "Likelihood",
     "MatrixFree",

@@ -39,5 +39,13 @@ class UnsupportedError(NatgradError, NotImplementedError):
     """A combination that has no meaning or no implementation; the message names what to use instead."""
 
 
+class LedgerError(NatgradError, RuntimeError):
+    """A ledger is not the intact chain it must be, or cannot be read or written."""
+
+
+class BudgetError(NatgradError, RuntimeError):
+    """An update would exceed its KL budget, or the budget is spent, and the policy is to halt."""
+
+
 class MissingExtraError(NatgradError, ImportError):
     """A feature needs an optional dependency; the message names the extra to install."""
