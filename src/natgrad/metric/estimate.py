@@ -97,6 +97,19 @@ class Estimate(ABC):
         # Labels cannot be sampled from NaN; columns of NaN make sure that what comes of it is left out of averages.
         finite = torch.isfinite(f).all()
         f = torch.where(finite, f, 0.0)
+        weights, curvature, normaliser = self.weighting(likelihood, f, y)
+        columns, separate = self.columns(likelihood, f, y, generator)
+        columns = columns * torch.where(finite, 1.0, torch.nan).to(columns.dtype)
+        if curvature is not None:
+            columns = self.weighted(columns, curvature.to(columns.dtype)[..., None])
+        if weights is not None:
+            weights = weights.to(columns.dtype)
+        return Factor(columns, separate, normaliser.to(columns.dtype), weights)
+
+    def weighting(
+        self, likelihood: Likelihood, f: Tensor, y: Target | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Weights of the predictions, factors of their curvature (both None where all are one), and ``M``."""
         if y is None and (self.needs_target or likelihood.needs_target):
             who = type(self if self.needs_target else likelihood).__name__
             raise NotObservedError(
@@ -108,14 +121,8 @@ class Estimate(ABC):
         if y is not None:
             likelihood.check_target(f, y)
             weights, curvature = likelihood.weights(f, y), likelihood.curvature_weights(f, y)
-        columns, separate = self.columns(likelihood, f, y, generator)
-        columns = columns * torch.where(finite, 1.0, torch.nan).to(columns.dtype)
-        if curvature is not None:
-            columns = self.weighted(columns, curvature.to(columns.dtype)[..., None])
-        if weights is None:
-            return Factor(columns, separate, f.new_full((), f.shape[:-1].numel(), dtype=columns.dtype), None)
-        weights = weights.to(columns.dtype)
-        return Factor(columns, separate, weights.sum(), weights)
+        predictions = f.new_full((), f.shape[:-1].numel())
+        return weights, curvature, predictions if weights is None else weights.sum()
 
 
 def _check_samples(samples: int) -> None:

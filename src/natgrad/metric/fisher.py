@@ -61,7 +61,7 @@ class Metric(ABC):
         found = uncovered_parameters(tape, generator)
         # Weights of predictions select examples and positions of a layer's input, so they need the alignment too.
         if self.aligned or likelihood.needs_target:
-            found = misaligned_parameters(tape, generator) | found
+            found = misaligned_parameters(tape, generator, batch_statistics=self.aligned) | found
         return found
 
     @abstractmethod
@@ -194,9 +194,15 @@ class Fisher(Metric):
         f = linearization.output.detach()
         likelihood.check_output(f)
         (block,) = partition.blocks
-        if isinstance(self.estimate, Exact) and not likelihood.needs_target and target is None:
-            normaliser = f.new_full((), f.shape[:-1].numel())
-            operator = _products(block, linearization, lambda u: likelihood.fisher_matvec(f, u))
+        if isinstance(self.estimate, Exact):
+            _, weights, normaliser = self.estimate.weighting(likelihood, f, target)
+            inner = likelihood.unweighted
+
+            def through_fisher(u: Tensor) -> Tensor:
+                product = inner.fisher_matvec(f, u)
+                return product if weights is None else product * weights[..., None]
+
+            operator = _products(block, linearization, through_fisher)
         else:
             factor = self.estimate.factor(likelihood, f, target, generator)
             normaliser = factor.normaliser

@@ -55,18 +55,21 @@ def unreached_parameters(tape: Tape, names: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)
 
 
-def misaligned_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
+def misaligned_parameters(
+    tape: Tape, generator: torch.Generator | None = None, *, batch_statistics: bool = True
+) -> dict[str, str]:
     """Parameters whose rows cannot be told apart by example in this pass, with the reason.
 
     The rows of a column that is zero for all examples but the first must be zero for all others. They are not where a
     layer has another axis than the batch in front (time-first sequences), or no batch axis (a table of positions).
-    BatchNorm in training mode couples all examples on purpose; with it nothing is reported.
+    BatchNorm in training mode couples all examples: a row of a layer before it then mixes columns of many examples,
+    which no exact structure may use. Without ``batch_statistics`` such models are left alone (K-FAC's usual practice).
     """
     output = tape.output
     assert output is not None
     n = output.shape[0]
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in tape.model.modules())
-    if n < 2 or coupled:
+    if n < 2 or (coupled and not batch_statistics):
         return {}
     column = torch.zeros_like(output)
     column[0] = torch.randn(output.shape[1:], generator=generator, device=output.device).to(output.dtype)
@@ -78,6 +81,8 @@ def misaligned_parameters(tape: Tape, generator: torch.Generator | None = None) 
             reason = f"{name} saw {rows.shape[1]} rows where the output has {n}"
         elif bool((size[1:] > 1e-6 * size.max()).any()):
             reason = f"the first axis of {name}'s input is not the batch"
+            if coupled:
+                reason = f"batch statistics (BatchNorm in training mode) mix the examples that {name} sees"
         else:
             continue
         found.update({p: reason for cell in cell_list if cell.name == name for p in cell.parameters})

@@ -88,6 +88,7 @@ class Ray:
         size: max |u|, 0-d: NaN or infinite where the direction is.
         slope: gᵀu, 0-d.
         curvature: uᵀFu, 0-d, from the one product with the metric that the ray costs.
+        damping: Σ_b λ_b u_bᵀu_b, 0-d.
     """
 
     unit: BlockVector
@@ -95,6 +96,16 @@ class Ray:
     size: Tensor
     slope: Tensor
     curvature: Tensor
+    damping: Tensor
+
+    @property
+    def bound(self) -> Tensor:
+        """uᵀ(|F| + λI)u, 0-d: what limits the length of a step.
+
+        The metric of a batch is blind outside the span of its rows, and there the damping alone has made the direction
+        long; it must be what keeps the step short, too. TRPO's implementation bounds with the damped matrix as well.
+        """
+        return self.curvature.abs() + self.damping
 
     @property
     def finite(self) -> Tensor:
@@ -166,7 +177,8 @@ class LocalModel:
         _checks.blocks("gradient", direction, self.gradient)
         _checks.blocks("metric", direction, self.metric)
         unit, scale = scaled(direction)
-        return Ray(unit, scale, largest(unit), dot(unit, self.gradient), 2 * self.kl(unit))
+        damping = self.damping_gram([unit])[0, 0]
+        return Ray(unit, scale, largest(unit), dot(unit, self.gradient), 2 * self.kl(unit), damping)
 
     def damping_gram(self, vectors: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Σ_b λ_b v_iᵀv_j, [k, k]: what the damping adds to the curvature between ``vectors``."""

@@ -72,10 +72,13 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class KLClip:
-    """Δ = −s·d with s = lr·min(1, √(max_kl / kl)), kl = ½ (lr d)ᵀF(lr d): the whole step, lr included, is judged.
+    """Δ = −s·d with s = lr·min(1, √(max_kl / b)), b = ½ (lr d)ᵀ(|F| + λI)(lr d): the whole step, lr included, is judged.
 
-    The KL is the one that the undamped metric predicts; nothing is measured and nothing waits for the device. A step
-    within the radius is left as it is. Where the metric has negative curvature along d (a Hessian) its size counts.
+    The bound is on the KL that the metric predicts plus what the damping adds: outside the span of a batch's rows the
+    metric is zero, and the damping alone keeps the step short. Nothing is measured and nothing waits for the device. A
+    step within the radius is left as it is. Where the metric has negative curvature (a Hessian) its size counts. A
+    block-diagonal metric does not see that layers move together: for a network of L layers the measured KL can be L
+    times the predicted one.
     Source: the step-size rule min(η_max, √(2δ / ΔᵀFΔ)) of Ba, Grosse & Martens 2017 and of ACKTR (Wu et al. 2017).
 
     Args:
@@ -100,8 +103,9 @@ class KLClip:
         _checks.learning_rate("KLClip", lr, infinite=True)
         ray = local.ray(direction)
         # A hair inside the boundary, so that rounding of the root cannot end outside it.
-        inside = 1 - 4 * torch.finfo(ray.curvature.dtype).eps
-        boundary = inside * torch.sqrt(2 * self.max_kl / ray.curvature.abs())
+        bound = ray.bound
+        inside = 1 - 4 * torch.finfo(bound.dtype).eps
+        boundary = inside * torch.sqrt(2 * self.max_kl / bound)
         return _unmeasured(local, ray, torch.minimum(lr * ray.scale, boundary.to(ray.scale.dtype)))
 
 

@@ -18,7 +18,7 @@ from natgrad.step.local import BlockVector, LocalModel, Probe, Step, rejected
 class TrustRegion:
     """The largest step, up to lr, whose KL divergence stays within ``max_kl``, as measured and not as predicted.
 
-    Starts at s = min(lr, √(2 max_kl / dᵀFd)), where the metric (undamped) predicts the boundary, and multiplies s by
+    Starts at s = min(lr, √(2 max_kl / dᵀ(F + λI)d)), where the damped metric predicts the boundary, and multiplies s by
     ``shrink`` until the measured mean KL(old ‖ new) is at most ``max_kl``, the loss, where there is one, falls, and
     everything is finite. After ``backtracks`` of these the step is rejected: nothing changes. ``lr = math.inf`` starts
     at the boundary itself, as TRPO does (Schulman et al. 2015, appendix C); a direction without curvature then has no
@@ -59,11 +59,12 @@ class TrustRegion:
         if numbers is None or math.isnan(float(lr)):
             return not_finite(local)
         scale, slope, curvature = numbers
+        bound = float(ray.bound)
         if slope == 0 and curvature == 0 and not float(ray.size):
             return rejected(local.damping, "the direction is zero", tried=False)
         # A hair inside: where the KL is exactly quadratic, rounding would else cost half of all steps a backtrack.
         inside = 1 - 64 * torch.finfo(ray.curvature.dtype).eps
-        boundary = inside * math.sqrt(2 * self.max_kl / curvature) if curvature > 0 else math.inf
+        boundary = inside * math.sqrt(2 * self.max_kl / bound) if bound > 0 else math.inf
         t = min(float(lr) * scale, boundary)
         if t > ray.largest_step():
             return rejected(local.damping, "there is no curvature along the direction to bound the step", tried=False)
