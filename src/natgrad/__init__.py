@@ -2,7 +2,7 @@
 
 from natgrad import linalg
 from natgrad.diagnostics import audit
-from natgrad.governance import Ledger
+from natgrad.governance import KLBudget, Ledger
 from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
 from natgrad.metric import (
     BlockDiagonal,
@@ -77,6 +77,7 @@ __all__ = [
     "GramNGD",
     "Hessian",
     "HessianFree",
+    "KLBudget",
     "KLClip",
     "Kronecker",
     "LearningRate",
