@@ -41,7 +41,9 @@ from natgrad.step import (
 class NGD(NaturalGradient):
     """Exact natural gradient: the whole true Fisher matrix of the batch, for models of up to a few thousand parameters.
 
-    See :class:`NaturalGradient` for the arguments; ``average=0`` uses the batch's own matrix at every step.
+    The full step ``lr=1`` is right near a solution and far too long elsewhere, so its predicted KL is clipped; with
+    ``search=LearningRate()`` the step is what ``lr`` says. ``average=0`` uses the batch's own matrix at every step. See
+    :class:`NaturalGradient` for the other arguments.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class NGD(NaturalGradient):
         weight_decay: float = 0.0,
         estimate: Estimate = Exact(),
         solver: Solver | None = None,
-        search: Search = LearningRate(),
+        search: Search = KLClip(0.1),
         average: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -82,7 +84,7 @@ class DiagonalNGD(NaturalGradient):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         estimate: Estimate = MonteCarlo(),
-        search: Search = KLClip(1e-2),
+        search: Search = KLClip(1e-3),
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 1),
         seed: int = 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -185,16 +185,15 @@ def _preset(class_name: str, knob: str) -> Callable[[nn.Module, Any, float | Non
     def build(model: nn.Module, likelihood: Any, value: float | None) -> Stepper:
         import natgrad  # here, because the presets live above what this module needs otherwise
 
-        preset = getattr(natgrad, class_name, None)
-        if preset is None:
-            raise UnsupportedError(f"This natgrad has no preset {class_name}.")
-        if value is not None:
-            return NatgradStepper(model, likelihood, preset(model, likelihood, **{knob: value}), value)
-        optimizer = preset(model, likelihood)
-        declared = inspect.signature(preset).parameters.get(knob)
-        default: Any = None if declared is None else declared.default
-        known = default if isinstance(default, (int, float)) else optimizer.param_groups[0].get(knob, math.nan)
-        return NatgradStepper(model, likelihood, optimizer, float(known))
+        preset = getattr(natgrad, class_name)
+        parameters = inspect.signature(preset).parameters
+        if knob == "max_kl" and knob not in parameters:
+            # The radius belongs to the preset's own kind of search.
+            search = parameters["search"].default
+            value = search.max_kl if value is None else value
+            return NatgradStepper(model, likelihood, preset(model, likelihood, search=replace(search, max_kl=value)), value)
+        value = float(parameters[knob].default) if value is None else value
+        return NatgradStepper(model, likelihood, preset(model, likelihood, **{knob: value}), value)
 
     return build
 
@@ -204,12 +203,12 @@ SGD_LR, ADAMW_LR, MUON_LR, LBFGS_LR = 0.01, 1e-3, 0.02, 1.0
 MUON_ADAMW_SHARE = 0.05
 
 _PRESETS = {
-    "ngd": ("NGD", "lr", "exact Fisher, dense"),
-    "diagonal": ("DiagonalNGD", "lr", "diagonal of the Fisher"),
-    "block": ("BlockNGD", "lr", "one dense Fisher block per layer"),
-    "kfac": ("KFAC", "lr", "Kronecker-factored Fisher"),
-    "ekfac": ("EKFAC", "lr", "Kronecker eigenbasis with corrected eigenvalues"),
-    "gram": ("GramNGD", "lr", "exact damped Fisher of the batch, solved in example space"),
+    "ngd": ("NGD", "max_kl", "exact Fisher, dense"),
+    "diagonal": ("DiagonalNGD", "max_kl", "diagonal of the Fisher"),
+    "block": ("BlockNGD", "max_kl", "one dense Fisher block per layer"),
+    "kfac": ("KFAC", "max_kl", "Kronecker-factored Fisher"),
+    "ekfac": ("EKFAC", "max_kl", "Kronecker eigenbasis with corrected eigenvalues"),
+    "gram": ("GramNGD", "max_kl", "exact damped Fisher of the batch, solved in example space"),
     "hessian-free": ("HessianFree", "lr", "matrix-free Fisher and conjugate gradients"),
     "gauss-newton": ("GaussNewton", "lr", "generalised Gauss-Newton with Levenberg-Marquardt damping"),
     "newton": ("Newton", "lr", "the Hessian itself"),
