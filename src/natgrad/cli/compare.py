@@ -35,7 +35,7 @@ def compare(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of one run, instead of --budget.")] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Try the same grid of learning rates for every optimizer first.")
+        bool, typer.Option("--tune", help="First try the same grid for every optimizer: six full runs each, on the first seed.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Folder of the files that mnist and fashion-mnist read.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/TASK.")] = None,
@@ -80,16 +80,7 @@ def make_plan(optimizers: str | None, seeds: int, budget: str | None, steps: int
     elif steps is not None:
         limit = Limit(steps=steps)
     command = shlex.join(["natgrad", *sys.argv[1:]])
-    return Plan(names, tuple(range(seeds)), limit, tuning_limit(limit) if tune else None, command=command)
-
-
-def tuning_limit(limit: Limit) -> Limit:
-    """A quarter of the run's own limit for each learning rate of the grid."""
-    from natgrad.tasks.train import Limit
-
-    if limit.seconds is not None:
-        return Limit(seconds=limit.seconds / 4)
-    return Limit(steps=max(1, (limit.steps or 1) // 4))
+    return Plan(names, tuple(range(seeds)), limit, limit if tune else None, command=command)
 
 
 def parse_seconds(text: str) -> float:
