@@ -18,7 +18,6 @@ from natgrad.errors import ArgumentError
 if TYPE_CHECKING:
     from natgrad.tasks.compare import Plan
     from natgrad.tasks.results import Comparison
-    from natgrad.tasks.train import Limit
 
 INTERRUPTED, ALL_FAILED = 130, 1
 _UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -35,7 +34,7 @@ def compare(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of one run, instead of --budget.")] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="First try the same grid for every optimizer: six full runs each, on the first seed.")
+        bool, typer.Option("--tune", help="Try the same grid for every optimizer first: six full runs each.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Folder of the files that mnist and fashion-mnist read.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: runs/TASK.")] = None,

@@ -193,8 +193,8 @@ class Empirical(Estimate):
     """Scores at the data's own labels.
 
     This is *not* the Fisher matrix: it depends on the labels' noise and vanishes as the model fits them (Kunstner,
-    Balles & Hennig 2019). The unit is a row of the batch: the score of a sequence is the sum over its positions. A weight
-    w counts a prediction w times, ``w s sᵀ``, as in the loss; the unit of the weights cancels.
+    Balles & Hennig 2019). The unit is a row of the batch: the score of a sequence is the sum over its positions. A
+    weight w counts a prediction w times, ``w s sᵀ``, as in the loss; the unit of the weights cancels.
     """
 
     needs_target: bool = True

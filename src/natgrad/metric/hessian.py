@@ -13,7 +13,7 @@ from natgrad.likelihood.base import Target
 from natgrad.linalg import DenseMatrix, DiagonalMatrix, IdentityMatrix, LinearOperator
 from natgrad.metric.fisher import Metric, mean_operator, parameter_function
 from natgrad.metric.statistics import ProductStatistics, Statistics
-from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, MatrixFree, Structure
+from natgrad.metric.structure import Dense, Diagonal, MatrixFree, Structure
 from natgrad.network import Block, Cell, HessianProducts, Partition, Pass
 
 

@@ -143,8 +143,8 @@ def check_finite_output(output: Tensor) -> None:
     if not torch.isfinite(output).all():
         bad = int((~torch.isfinite(output)).sum())
         raise NonFiniteError(
-            f"The model's output has {bad} of {output.numel()} values that are NaN or infinite. Look for such values in "
-            "the inputs, for a learning rate that is too large, or for an overflow in low precision."
+            f"The model's output has {bad} of {output.numel()} values that are NaN or infinite. Look for such values "
+            "in the inputs, for a learning rate that is too large, or for an overflow in low precision."
         )
 
 

@@ -190,10 +190,11 @@ def _preset(class_name: str, knob: str) -> Callable[[nn.Module, Any, float | Non
         if knob == "max_kl" and knob not in parameters:
             # The radius belongs to the preset's own kind of search.
             search = parameters["search"].default
-            value = search.max_kl if value is None else value
-            return NatgradStepper(model, likelihood, preset(model, likelihood, search=replace(search, max_kl=value)), value)
-        value = float(parameters[knob].default) if value is None else value
-        return NatgradStepper(model, likelihood, preset(model, likelihood, **{knob: value}), value)
+            radius = float(search.max_kl if value is None else value)
+            optimizer = preset(model, likelihood, search=replace(search, max_kl=radius))
+            return NatgradStepper(model, likelihood, optimizer, radius)
+        chosen = float(parameters[knob].default) if value is None else value
+        return NatgradStepper(model, likelihood, preset(model, likelihood, **{knob: chosen}), chosen)
 
     return build
 
