@@ -20,7 +20,7 @@ START = torch.tensor([-2.2, 0.6]).double()
 COORDINATES = {"in (μ, log σ)": ([[1.0, 0.0], [0.0, 1.0]], 0.0), "mixed: Aφ + b": ([[1.6, 0.9], [-0.5, 0.4]], 1.0)}
 METHODS = {
     "Gradient descent": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
-    "Natural gradient": lambda model: ng.NGD(model, LIKELIHOOD, lr=0.1, damping=0.0),
+    "Natural gradient": lambda model: ng.NGD(model, LIKELIHOOD, lr=0.1, damping=0.0, search=ng.LearningRate()),
 }
 
 

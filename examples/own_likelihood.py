@@ -29,7 +29,7 @@ LIKELIHOOD = ng.FromDistribution(gamma)
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """Fisher scoring, K-FAC with its defaults, and Adam with a rate of 0.05."""
     return {
-        "NGD": ng.NGD(model, LIKELIHOOD, lr=1.0, damping=1e-6),
+        "NGD": ng.NGD(model, LIKELIHOOD, lr=1.0, damping=1e-6, search=ng.LearningRate()),
         "KFAC": ng.KFAC(model, LIKELIHOOD),
         "Adam": torch.optim.Adam(model.parameters(), lr=0.05),
     }
