@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,34 @@ def test_every_append_is_on_the_disk_when_it_returns(tmp_path: Path, monkeypatch
     assert size in synced
     ledger.append("update", {})
     assert synced[-1] == path.stat().st_size > size
+
+
+def test_a_record_out_of_number_is_found_though_its_links_and_hash_are_right(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    filled(path)
+    *rest, last = path.read_bytes().splitlines(keepends=True)
+    fields = json.loads(last)
+    fields["sequence"] = 7
+    fields["hash"] = sealed(fields)
+    forged = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    path.write_bytes(b"".join([*rest, forged]))
+    report = verify(path)
+    assert not report.ok and report.line == 5 and "sequence number 7" in report.problem
+
+
+def test_a_writer_waits_for_another(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "run.jsonl"
+    ledger = filled(path)
+    before = path.read_bytes()
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=ledger.append, args=("update", {"step": 9}))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and path.read_bytes() == before
+    thread.join(10)
+    assert not thread.is_alive() and verify(path).records == 6
 
 
 def _append_many(path: Path, name: str) -> None:
