@@ -79,6 +79,23 @@ def readme_names() -> dict[str, Any]:
     return {"ng": ng, "torch": torch, "F": F, "loader": loader, "probe": x[:128], **names}
 
 
+def check_program(number: int, names: dict[str, Any]) -> None:
+    """What each of the README's programs must have achieved, beside running."""
+    if number in (1, 2):
+        assert bool(names["opt"].last.accepted) and names["opt"].last.kl_predicted > 0
+    elif number == 3:
+        assert 0 < names["opt"].last.kl_measured <= 0.01
+        assert names["opt"].last.loss_change_measured < 0
+    elif number == 4:
+        natural, gradient, fisher = names["natural"], names["gradient"], names["fisher"]
+        torch.testing.assert_close(fisher @ natural + 1e-3 * natural, gradient, rtol=1e-3, atol=1e-5)
+        assert 0 < names["spectrum"].effective_dimension(1e-3) < names["spectrum"].size == len(gradient)
+    else:
+        assert names["guard"].last.kl_step <= 1e-3
+        records = list(ng.Ledger("run.jsonl").records())
+        assert len([record for record in records if record.kind == "update"]) == len(names["loader"])
+
+
 def numbers_and_words(text: str) -> tuple[list[float], list[str]]:
     return [float(n) for n in NUMBER.findall(text)], NUMBER.sub("#", text).split()
 
@@ -103,19 +120,23 @@ def layer_rules() -> Iterator[None]:
 def test_code_blocks_run_and_print_what_the_page_says(page, layer_rules, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the files that programs write
     names: dict[str, Any] = readme_names() if page == "README.md" else {}
-    names["__name__"] = "page"
-    found = blocks(page)
+    names["__name__"] = "__main__"
+    found, programs = blocks(page), 0
     for k, block in enumerate(found):
         if block.language != "python":
             continue
         where, printed = f"{page}:{block.line}", io.StringIO()
-        code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec")
+        code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of ng.audit, which pages show as its messages
             exec(code, names)
+        programs += 1
+        if page == "README.md":
+            check_program(programs, names)
         after = found[k + 1] if k + 1 < len(found) else None
         if after is not None and after.language == "text" and not after.follows.strip():
             check_output(printed.getvalue(), after.code, where)
+    assert programs == 5 or page != "README.md"
 
 
 @pytest.mark.parametrize("page", PAGES)
