@@ -16,6 +16,7 @@ from torch import Tensor
 from natgrad.errors import ArgumentError, ShapeError
 from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
+from natgrad.linalg.products import product
 from natgrad.linalg.psd import add_diagonal, damped_eigenvalues, safe_cholesky, safe_eigh, working_dtype
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class _MatrixAction(LinearOperator):
     def _left(self, matrix: Tensor, x: Tensor) -> Tensor:
         """matrix X for X ``[*stack, p, q]`` or ``[batch, *stack, p, q]``."""
         if x.ndim == matrix.ndim or not self.stack:
-            return matrix @ x
+            return product(matrix, x)
         # One product per stack element: the batch goes beside the columns, or matmul would copy the matrices.
         batch, q = x.shape[0], x.shape[-1]
         columns = x.movedim(0, -2).reshape(*self.stack, self.p, batch * q)
@@ -51,7 +52,7 @@ class _MatrixAction(LinearOperator):
     def _right(self, x: Tensor, matrix: Tensor) -> Tensor:
         """X matrix for X ``[*stack, p, q]`` or ``[batch, *stack, p, q]``."""
         if x.ndim == matrix.ndim or not self.stack:
-            return x @ matrix
+            return product(x, matrix)
         batch, p = x.shape[0], x.shape[-2]
         rows = x.movedim(0, -3).reshape(*self.stack, batch * p, self.q)
         return (rows @ matrix).reshape(*self.stack, batch, p, self.q).movedim(-3, 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from natgrad.errors import ArgumentError
 from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, LinearOperator
+from natgrad.linalg.products import gram
 from natgrad.linalg.psd import safe_eigh
 from natgrad.metric.estimate import Factor, random_signs
 from natgrad.metric.statistics import Bases, Moment, Moments
@@ -105,12 +106,12 @@ class Kronecker(Structure):
             g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
             groups, out = g.shape[1], g.shape[-1]
             g = g.transpose(0, 1).reshape(groups, -1, out)
-            found = {"output": Moment(g.mT @ g, m)}
+            found = {"output": Moment(gram(g), m)}
             return found | {"input": self._input_moment(rows, factor)} if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = g.flatten(0, 2)
-            found = {"output": Moment(g.mT @ g, m)}
+            found = {"output": Moment(gram(g), m)}
             return found | {"input": self._token_moment(rows, factor)} if first else found
         return {"diagonal": Moment(rows.squared_sum(), m)}
 
@@ -121,13 +122,13 @@ class Kronecker(Structure):
         w = _position_weights(factor, n, rows.spans or (s,))
         if w is None:
             inputs = a.mean(2) if self.sharing == "reduce" else a.reshape(groups, n * s, fan_in)
-            return Moment(inputs.mT @ inputs, a.new_full((), inputs.shape[1]))
+            return Moment(gram(inputs), a.new_full((), inputs.shape[1]))
         if self.sharing == "reduce":
             per_row = w.sum(1)
             mean = (a * w[..., None]).sum(2) / per_row.clamp_min(torch.finfo(a.dtype).tiny)[:, None]
-            return Moment(mean.mT @ (mean * per_row[:, None]), w.sum())
+            return Moment(gram(mean, mean * per_row[:, None]), w.sum())
         inputs = a.reshape(groups, n * s, fan_in)
-        return Moment(inputs.mT @ (inputs * w.reshape(-1, 1)), w.sum())
+        return Moment(gram(inputs, inputs * w.reshape(-1, 1)), w.sum())
 
     def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
         """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
