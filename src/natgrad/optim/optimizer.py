@@ -30,7 +30,7 @@ from natgrad.optim.curvature import Curvature
 from natgrad.optim.observer import Observation, Observer
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
-from natgrad.step.local import rejected
+from natgrad.step.local import largest, rejected
 
 Closure = Callable[[], Any]
 _GENERATOR, _NOTE = "generator", "natgrad"
@@ -284,7 +284,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for grad in gradients.values():
                 grad.zero_()
             return
-        finite = torch.stack([torch.isfinite(d).all() for d in direction.values()]).all()
+        finite = _all_finite(direction)
         for name, value in curvature.partition.unpack(direction).items():
             if name in gradients:
                 gradients[name].copy_(torch.where(finite, value, 0.0))
@@ -641,7 +641,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
     """Whether every entry is finite, 0-d; no wait for the device."""
-    return torch.stack([torch.isfinite(t).all() for t in tensors.values()]).all()
+    return torch.isfinite(largest(tensors))
 
 
 def _skipped(damping: Damping) -> Step:
