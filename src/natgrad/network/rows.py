@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from natgrad.linalg.products import product
+
 _CHUNK_BYTES = 64 * 2**20
+_KEPT_BYTES = 256 * 2**20
 
 
 class Rows(ABC):
@@ -130,7 +134,18 @@ class LinearRows(Rows):
         return torch.einsum("kgnso,gnsi->kngoi", self.g, self.a)
 
     def dense(self) -> Tensor:
+        if self.positions == 1 or self.shape[0] * self.shape[1] * self.shape[2] * self.g.element_size() > _KEPT_BYTES:
+            return self._matrices().flatten(2)
+        return self._kept
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        """The rows, where positions make them dear: once a Gram matrix has formed them, products use them too."""
         return self._matrices().flatten(2)
+
+    def _formed(self) -> bool:
+        """Whether a product with the rows as they lie in memory is at hand and costs less than one by positions."""
+        return "_kept" in self.__dict__ and self.shape[0] <= self.positions
 
     def scaled(self, factor: float | Tensor) -> LinearRows:
         return replace(self, g=self.g * factor)
@@ -184,14 +199,28 @@ class LinearRows(Rows):
         return r @ r.T
 
     def matvec(self, v: Tensor) -> Tensor:
-        k, groups, n, _, out = self.g.shape
+        k, groups, _, s, out = self.g.shape
+        if self._formed():
+            return super().matvec(v)
+        if groups == s == 1:
+            w = v.reshape(*v.shape[:-1], out, self.a.shape[-1])
+            pushed = product(self.a[0, :, 0], w.mT)  # [*batch, N, out]
+            if k == 1:
+                return torch.linalg.vecdot(pushed, self.g[0, 0, :, 0])
+            return torch.einsum("...no,kno->...kn", pushed, self.g[:, 0, :, 0]).flatten(-2)
         w = v.reshape(*v.shape[:-1], groups, out, self.a.shape[-1])
         pushed = torch.einsum("...goi,gnsi->...gnso", w, self.a)
         return torch.einsum("...gnso,kgnso->...kn", pushed, self.g).flatten(-2)
 
     def rmatvec(self, u: Tensor) -> Tensor:
-        k, _, n, _, _ = self.g.shape
-        weighted = torch.einsum("...kn,kgnso->...gnso", u.reshape(*u.shape[:-1], k, n), self.g)
+        k, groups, n, s, _ = self.g.shape
+        if self._formed():
+            return super().rmatvec(u)
+        u = u.reshape(*u.shape[:-1], k, n)
+        if groups == s == 1:
+            weighted = torch.einsum("...kn,kno->...no", u, self.g[:, 0, :, 0])
+            return product(weighted.mT, self.a[0, :, 0]).flatten(-2)
+        weighted = torch.einsum("...kn,kgnso->...gnso", u, self.g)
         return torch.einsum("...gnso,gnsi->...goi", weighted, self.a).flatten(-3)
 
 
