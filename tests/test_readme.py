@@ -1,7 +1,8 @@
 """Every Python block of README.md and of docs/ runs, and prints what the page says it prints.
 
 The blocks of a page run in order and share their names. A ```text block right after one is its output: words must be
-the same and numbers agree to a thousandth. The README's programs use small real data that a reader would bring along.
+the same, and numbers agree to 2 % and the last digit shown, which leaves room for other processors and versions of
+torch. The README's programs use small real data that a reader would bring along.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -96,15 +96,22 @@ def check_program(number: int, names: dict[str, Any]) -> None:
         assert len([record for record in records if record.kind == "update"]) == len(names["loader"])
 
 
-def numbers_and_words(text: str) -> tuple[list[float], list[str]]:
-    return [float(n) for n in NUMBER.findall(text)], NUMBER.sub("#", text).split()
+def numbers_and_words(text: str) -> tuple[list[str], list[str]]:
+    return NUMBER.findall(text), NUMBER.sub("#", text).split()
+
+
+def last_digit(number: str) -> float:
+    """What one unit of the last digit shown is worth: 0.01 for 3.25, 1e-5 for 1.3e-04."""
+    mantissa, _, exponent = number.partition("e")
+    return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
 
 
 def check_output(printed: str, shown: str, where: str) -> None:
     found, wanted = numbers_and_words(printed), numbers_and_words(shown)
     assert found[1] == wanted[1], f"{where} prints\n{printed}"
     for a, b in zip(found[0], wanted[0], strict=True):
-        assert math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9), f"{where}: {a} is not {b} in\n{printed}"
+        tolerance = 0.02 * abs(float(b)) + 1.01 * last_digit(b) * ("." in b or "e" in b)
+        assert abs(float(a) - float(b)) <= tolerance, f"{where}: {a} is not {b} in\n{printed}"
 
 
 @pytest.fixture

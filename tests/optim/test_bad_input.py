@@ -21,7 +21,7 @@ CONSTRUCTIONS = {
     "nan damping": (lambda: ng.NGD(make(), ng.Categorical(), damping=math.nan), "nan"),
     "negative lr": (lambda: ng.NGD(make(), ng.Categorical(), lr=-0.1), "lr=-0.1"),
     "nan lr": (lambda: ng.NGD(make(), ng.Categorical(), lr=math.nan), "lr=nan"),
-    "infinite lr": (lambda: ng.NGD(make(), ng.Categorical(), lr=math.inf), "lr=inf"),
+    "infinite lr": (lambda: ng.NGD(make(), ng.Categorical(), lr=math.inf, search=ng.LearningRate()), "lr=inf"),
     "lr of two numbers": (lambda: ng.NGD(make(), ng.Categorical(), lr=torch.ones(2)), "one number"),
     "momentum of one": (lambda: ng.NGD(make(), ng.Categorical(), momentum=1.0), "momentum=1.0"),
     "negative decay": (lambda: ng.NGD(make(), ng.Categorical(), weight_decay=-1.0), "weight_decay=-1.0"),
