@@ -14,8 +14,17 @@ def normal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-@pytest.mark.parametrize("k, groups, n, s, out, fan_in", [(1, 1, 4, 1, 3, 5), (3, 1, 4, 1, 3, 5), (1, 2, 4, 1, 3, 5),
-                                                          (2, 2, 4, 9, 3, 2), (9, 1, 4, 2, 3, 5), (1, 1, 130, 1, 140, 515)])  # fmt: skip
+@pytest.mark.parametrize(
+    "k, groups, n, s, out, fan_in",
+    [
+        (1, 1, 4, 1, 3, 5),
+        (3, 1, 4, 1, 3, 5),
+        (1, 2, 4, 1, 3, 5),
+        (2, 2, 4, 9, 3, 2),
+        (9, 1, 4, 2, 3, 5),
+        (1, 1, 130, 1, 140, 515),
+    ],
+)
 def test_products_are_those_of_the_rows(k, groups, n, s, out, fan_in, batch, kept):
     a, g = normal(groups, n, s, fan_in), normal(k, groups, n, s, out)
     rows = LinearRows(a, g)

@@ -44,14 +44,14 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Average:
-    """Exponential average with zero start; the weight corrects the bias, so the first value counts in full.
+    """Exponential average whose first value counts in full.
 
     Args:
-        total: ``Σ_t β^(T−t) (1 − β) x_t``.
-        weight: the same sum with ``x_t = 1`` (0-d).
+        value: the mean ``Σ_t β^(T−t) x_t / Σ_t β^(T−t)``: the usual average with zero start, its bias corrected.
+        weight: ``Σ_t β^(T−t) (1 − β)`` (0-d), which grows from 0 to 1.
     """
 
-    total: Tensor
+    value: Tensor
     weight: Tensor
 
     @staticmethod
@@ -65,10 +65,12 @@ class Average:
             finite = finite & valid.to(finite.device)
         # In x's precision: Python numbers in torch.where would be rounded to float32.
         keep = torch.where(finite, x.new_full((), decay), x.new_ones(()))
-        total = torch.where(finite, self.total.mul(keep).add_(x, alpha=1 - decay), self.total)
-        return Average(total, self.weight * keep + (1 - keep))
+        weight = self.weight * keep + (1 - keep)
+        share = (1 - keep) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        # 0 · NaN is NaN, so that a share of 0 alone would not keep x out.
+        return Average(torch.lerp(self.value, torch.where(finite, x, 0.0), share), weight)
 
     @property
-    def value(self) -> Tensor:
-        """The bias-corrected mean."""
-        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+    def total(self) -> Tensor:
+        """``Σ_t β^(T−t) (1 − β) x_t``, the average before its bias is corrected."""
+        return self.value * self.weight

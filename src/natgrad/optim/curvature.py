@@ -92,7 +92,7 @@ class Curvature:
             slot = self._slots[name]
             for kind, mean in kinds.items():
                 average = _average(slot, kind, mean).updated(mean, self.decay, valid)
-                slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.total, average.weight
+                slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.value, average.weight
         self._rebuild()
 
     def refresh(self, damping: Damping, solver: Solver | None) -> None:
@@ -132,8 +132,8 @@ class Curvature:
     def _means(self) -> dict[str, dict[str, Tensor]]:
         return {
             name: {
-                key[len(_AVERAGE) :]: Average(total, slot[_WEIGHT + key[len(_AVERAGE) :]]).value
-                for key, total in slot.items()
+                key[len(_AVERAGE) :]: mean
+                for key, mean in slot.items()
                 if isinstance(key, str) and key.startswith(_AVERAGE)
             }
             for name, slot in self._slots.items()
@@ -151,7 +151,7 @@ class Curvature:
         for name, basis in new.items():
             slot = self._slots[name]
             self._store_basis(name, basis)
-            slot[_AVERAGE + "eigenvalues"] = means[name]["eigenvalues"] * slot[_WEIGHT + "eigenvalues"]
+            slot[_AVERAGE + "eigenvalues"] = means[name]["eigenvalues"]
         self._rebuild()
 
     def _store_basis(self, name: str, basis: tuple[Tensor | None, Tensor | None]) -> None:
@@ -196,4 +196,3 @@ def _average(slot: Mapping[str, Tensor], kind: str, like: Tensor) -> Average:
     if _AVERAGE + kind not in slot:
         return Average.start(like)
     return Average(slot[_AVERAGE + kind], slot[_WEIGHT + kind])
-
