@@ -47,7 +47,7 @@ class Suite:
         return Plan(blocks=15, least=self.least, seconds=self.seconds[0], clock=clock)
 
 
-_LARGE = ("kfac", "kfac-no-clip", "ekfac", "diagonal", "gram", "hessian-free", "trust-region")
+_LARGE = ("kfac", "kfac-klclip", "kfac-no-clip", "ekfac", "diagonal", "gram", "hessian-free", "trust-region")
 SUITES: dict[str, Suite] = {
     "W0": Suite("W0", small_classifier, lambda: small_classifier(64, 32, 16), _ALL_SMALL, (20, 4)),
     "W1": Suite(
@@ -60,7 +60,7 @@ SUITES: dict[str, Suite] = {
     ),
     "W2": Suite(
         "W2", transformer, lambda: transformer(tokens=1024, length=128, width=64, depth=2),
-        ("kfac", "kfac-no-clip", "kfac-reduce", *_LARGE[2:]), (80, 9), (c.operations,),
+        (*_LARGE[:3], "kfac-reduce", *_LARGE[3:]), (80, 9), (c.operations,),
         memory=(c.SGD, c.ADAMW, "kfac", "ekfac", "gram", "hessian-free"),
         least=2,
     ),
