@@ -128,16 +128,24 @@ class ModelProbe:
 def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
     """The output and ``J v`` for each vector."""
     parameters = {n: p.detach() for n, p in trainable_parameters(observed.model).items()}
+    tangents = {
+        n: torch.stack([v[n].to(p.dtype) if n in v else torch.zeros_like(p) for v in vectors])
+        for n, p in parameters.items()
+    }
+
+    def push(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(observed.run, (parameters,), (tangent,))  # pyright: ignore
+
     try:
-        pushed = []
-        output: Tensor | None = None
-        for vector in vectors:
-            tangent = {n: vector[n].to(parameters[n].dtype) if n in vector else torch.zeros_like(parameters[n])
-                       for n in parameters}  # fmt: skip
-            output, jv = torch.func.jvp(observed.run, (parameters,), (tangent,))  # pyright: ignore
-            pushed.append(jv.detach())
-        assert output is not None
-        return output.detach(), pushed
+        if len(vectors) > 1:
+            try:
+                # All vectors share one forward pass; the random streams are replayed, so that masks are shared too.
+                output, pushed = torch.vmap(push, out_dims=(None, 0), randomness="same")(tangents)
+                return output.detach(), list(pushed.detach())
+            except (NotImplementedError, RuntimeError, ValueError):
+                pass  # an operation that vmap does not know, or that looks at the values of tangents
+        found = [push({n: t[i] for n, t in tangents.items()}) for i in range(len(vectors))]
+        return found[0][0].detach(), [jv.detach() for _, jv in found]
     except (NotImplementedError, RuntimeError):
         # Some operations have no forward-mode derivative; two backward passes give the same product.
         linearization = Linearization(observed)
