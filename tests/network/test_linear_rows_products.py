@@ -23,6 +23,9 @@ def normal(*shape: int) -> torch.Tensor:
         (2, 2, 4, 9, 3, 2),
         (9, 1, 4, 2, 3, 5),
         (1, 1, 130, 1, 140, 515),
+        (1, 1, 530, 1, 3, 2),
+        (2, 1, 270, 1, 3, 2),
+        (1, 1, 520, 9, 2, 2),
     ],
 )
 def test_products_are_those_of_the_rows(k, groups, n, s, out, fan_in, batch, kept):
@@ -34,6 +37,7 @@ def test_products_are_those_of_the_rows(k, groups, n, s, out, fan_in, batch, kep
     r = r.reshape(k * n, -1)
     if kept:
         rows.dense()
+    if len(batch) == 0:
         torch.testing.assert_close(rows.gram(), r @ r.T)
     v, u = normal(*batch, r.shape[1]), normal(*batch, r.shape[0])
     torch.testing.assert_close(rows.matvec(v), v @ r.T)

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from natgrad.linalg.products import product
+from natgrad.linalg.products import gram, product
 
 _CHUNK_BYTES = 64 * 2**20
 _KEPT_BYTES = 256 * 2**20
@@ -62,8 +62,7 @@ class Rows(ABC):
 
     def gram(self) -> Tensor:
         """``R Rᵀ`` of shape ``[K·N, K·N]``."""
-        r = self.dense().flatten(0, 1)
-        return r @ r.T
+        return gram(self.dense().flatten(0, 1).mT)
 
     def matvec(self, v: Tensor) -> Tensor:
         """``R v`` for ``v`` of shape ``[*batch, p]``: ``[*batch, K·N]``."""
@@ -185,9 +184,12 @@ class LinearRows(Rows):
     def gram(self) -> Tensor:
         k, groups, n, s, out = self.g.shape
         if s == 1:
-            inputs = self.a[:, :, 0] @ self.a[:, :, 0].mT  # [groups, N, N]
+            inputs = gram(self.a[:, :, 0].mT)  # [groups, N, N]
             g = self.g[:, :, :, 0].permute(1, 0, 2, 3).reshape(groups, k * n, out)
-            outputs = (g @ g.mT).reshape(groups, k, n, k, n)
+            outputs = gram(g.mT)
+            if groups == k == 1:
+                return inputs[0] * outputs[0]
+            outputs = outputs.reshape(groups, k, n, k, n)
             return torch.einsum("gnm,gknlm->knlm", inputs, outputs).reshape(k * n, k * n)
         fan_in = self.a.shape[-1]
         if n * s * s * (out + fan_in) < out * fan_in * (s + n):
@@ -195,8 +197,7 @@ class LinearRows(Rows):
             inputs = torch.einsum("gnsi,gmti->gnsmt", self.a, self.a)
             outputs = torch.einsum("kgnso,lgmto->gknslmt", self.g, self.g)
             return torch.einsum("gnsmt,gknslmt->knlm", inputs, outputs).reshape(k * n, k * n)
-        r = self.dense().flatten(0, 1)
-        return r @ r.T
+        return gram(self.dense().flatten(0, 1).mT)
 
     def matvec(self, v: Tensor) -> Tensor:
         k, groups, _, s, out = self.g.shape
@@ -285,7 +286,7 @@ class EmbeddingRows(Rows):
         return out.index_add_(1, self.index.flatten(), self.g.flatten(1, 2)).flatten(1)
 
     def gram(self) -> Tensor:
-        k, n, s, _ = self.g.shape
+        k, n = self.g.shape[:2]
         same = (self.index[:, :, None, None] == self.index[None, None]).to(self.g.dtype)  # [N, S, N, S]
         products = torch.einsum("knsw,lmtw->knslmt", self.g, self.g)
         return torch.einsum("nsmt,knslmt->knlm", same, products).reshape(k * n, k * n)
