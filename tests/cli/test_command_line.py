@@ -113,7 +113,7 @@ def test_failed_runs_are_shown_and_all_failed_is_exit_code_1(monkeypatch):
 
 def test_tuning_says_what_it_tried():
     result = run("compare", "diabetes", "-o", "sgd", "--seeds", "1", "--steps", "4", "--tune")
-    assert result.exit_code == 0 and "†" in result.output and "default rate times 0.03" in result.output
+    assert result.exit_code == 0 and "†" in result.output and "default setting times 0.03" in result.output
     data = json.loads(Path("runs/diabetes/comparison.json").read_text())
     assert data["settings"]["tuning"]["steps"] == 4 and data["runs"][0]["tuned"]
 

@@ -144,7 +144,7 @@ def _finish(comparison: Comparison, page: Path) -> None:
         console.print(table(comparison, console.width))
     if comparison.settings.tuning is not None:
         factors = ", ".join(f"{factor:g}" for factor in comparison.settings.tuning.factors)
-        console.print(f"† the best of the default rate times {factors}, in short trials on the first seed.")
+        console.print(f"† the best of the default setting times {factors}, in full runs on the first seed.")
     for line in failures(comparison):
         console.print(line, soft_wrap=True)
     if comparison.target is not None:

@@ -6,7 +6,7 @@ from natgrad.metric.hessian import Euclidean, Hessian
 from natgrad.metric.kronecker import EigenKronecker, Kronecker
 from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
 from natgrad.metric.statistics import Bases, Moment, Moments, ProductStatistics, RowStatistics, Statistics
-from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure
+from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
 
 __all__ = [
     "Bases",
@@ -37,4 +37,5 @@ __all__ = [
     "check_finite_output",
     "fisher",
     "hessian",
+    "row_chunks",
 ]

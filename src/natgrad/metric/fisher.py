@@ -56,12 +56,17 @@ class Metric(ABC):
         """Whether rows must be told apart by example."""
         return False
 
+    @property
+    def by_example(self) -> bool:
+        """Whether rows must be those of single examples even where BatchNorm couples the batch."""
+        return False
+
     def examine(self, tape: Tape, likelihood: Likelihood, generator: torch.Generator) -> dict[str, str]:
         """Parameters that no layer rule may serve in passes like this one, with the reason."""
         found = uncovered_parameters(tape, generator)
         # Weights of predictions select examples and positions of a layer's input, so they need the alignment too.
         if self.aligned or likelihood.needs_target:
-            found = misaligned_parameters(tape, generator, batch_statistics=self.aligned) | found
+            found = misaligned_parameters(tape, generator, batch_statistics=self.by_example) | found
         return found
 
     @abstractmethod
@@ -154,6 +159,10 @@ class Fisher(Metric):
     @property
     def aligned(self) -> bool:
         return self.structure.aligned
+
+    @property
+    def by_example(self) -> bool:
+        return self.structure.by_example
 
     def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
         return self.structure.blocks(cell_list)

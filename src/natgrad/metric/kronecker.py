@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class Kronecker(Structure):
         sharing: ``"expand"`` treats every shared position (token, pixel) as an independent example, ``"reduce"``
             aggregates positions first: exact for mean-pooled linear networks, and cheaper.
     """
+
+    # K-FAC's usual practice with BatchNorm: what a layer of the coupled batch sees counts as its own.
+    by_example: ClassVar[bool] = False
 
     sharing: Literal["expand", "reduce"] = "expand"
 
@@ -158,7 +161,9 @@ class Kronecker(Structure):
     def reason(self, cell: Cell) -> tuple[str, str]:
         if cell.module is None:
             return "Diagonal", f"{cell.reason}: diagonal from batch gradients with random signs"
-        return (self.name, "") if cell.groups else ("Diagonal", "scale and shift of a norm layer: exact diagonal")
+        if cell.groups:
+            return self.name, ""
+        return "Diagonal", "not a weight matrix (scale and shift of a norm layer): exact diagonal"
 
 
 def _product(inputs: Tensor, outputs: Tensor) -> KroneckerProduct:

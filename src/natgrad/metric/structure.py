@@ -39,6 +39,9 @@ class Structure(ABC):
         """Whether rows must be told apart by example (sums over examples and positions alone need not)."""
         return True
 
+    by_example: ClassVar[bool] = True
+    """Whether rows must be those of single examples even where BatchNorm couples the batch."""
+
     replayed: ClassVar[bool] = False
     """Whether the operator works on a replay of the observed pass instead of statistics."""
 

@@ -1,7 +1,16 @@
 """A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
 
 from natgrad.network.coverage import misaligned_parameters, uncovered_parameters, unreached_parameters
-from natgrad.network.layers import RULES, LayerRule, register_layer, rule_for
+from natgrad.network.layers import (
+    RULES,
+    ConvRule,
+    EmbeddingRule,
+    LayerRule,
+    LinearRule,
+    NormRule,
+    register_layer,
+    rule_for,
+)
 from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
 from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying, record
 from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
@@ -19,12 +28,16 @@ __all__ = [
     "Block",
     "BlockVector",
     "Cell",
+    "ConvRule",
     "DenseRows",
     "EmbeddingRows",
+    "EmbeddingRule",
     "HessianProducts",
     "LayerRule",
     "LinearRows",
+    "LinearRule",
     "Linearization",
+    "NormRule",
     "Partition",
     "Pass",
     "RandomState",

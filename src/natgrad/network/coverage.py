@@ -42,7 +42,12 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
         # Low-precision gradients are rounded on the way; a missing contribution is of the gradient's own size.
         tolerance = 5e-2 if output.dtype in (torch.float16, torch.bfloat16) else 1e-3
         if torch.linalg.vector_norm(want - have) > tolerance * torch.linalg.vector_norm(want):
-            found.update({n: f"{cell.name}'s parameters are also used outside its module" for n in cell.parameters})
+            found.update(
+                {
+                    n: f"{cell.name}'s layer rule does not give the whole gradient (also used outside its module?)"
+                    for n in cell.parameters
+                }
+            )
     return found
 
 

@@ -126,7 +126,8 @@ class Tape:
             raise clearer(error) from error
         if any(g is not None and g.is_sparse for g in found):
             raise UnsupportedError(
-                "A parameter has sparse gradients, which natgrad does not support. Make its embedding with sparse=False."
+                "A parameter has sparse gradients, which natgrad does not support. Make its embedding without "
+                "sparse=True."
             )
         return found
 

@@ -240,6 +240,10 @@ class Observer:
         """Forget every other pass."""
         self.observations = [observation]
 
+    def reached(self, output: Tensor) -> bool:
+        """Whether a backward pass has already gone through ``output`` of a recorded pass."""
+        return any(o.reached and o.source is not None and o.source() is output for o in self.observations)
+
     def forget_reached(self) -> None:
         """Forget the passes whose gradients are being discarded; those that no backward pass reached yet stay."""
         self.observations = [o for o in self.observations if not o.reached]

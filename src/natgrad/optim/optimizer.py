@@ -84,7 +84,7 @@ class NaturalGradient(torch.optim.Optimizer):
         model: the network. Its trainable parameters are optimized.
         likelihood: what the model's output means.
         lr: learning rate; with a :class:`TrustRegion` it is the longest multiple of the direction (``inf`` allowed).
-        damping: λ, as a number or a rule (``Constant``, ``Proportional``, ``FactoredTikhonov``, ``LevenbergMarquardt``).
+        damping: λ, a number or a rule (``Constant``, ``Proportional``, ``FactoredTikhonov``, ``LevenbergMarquardt``).
         momentum: μ in [0, 1).
         weight_decay: w ≥ 0.
         metric: what is inverted: ``Fisher(estimate, structure)``, ``Hessian(structure)`` or ``Euclidean()``. With
@@ -309,6 +309,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 "The closure's loss has no graph: it was detached, computed under no_grad, or the closure already "
                 "called backward(). Return (loss, output) straight from the computation."
             )
+        if self._observer.reached(output):
+            raise ArgumentError(
+                "The closure called backward() and returned (loss, output). Return them without calling backward(): "
+                "step() does it, and may evaluate the closure again."
+            )
         self.zero_grad()
         with torch.enable_grad():
             self.observe(output, target)
@@ -348,7 +353,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.last = _skipped(self._damping)
             return False
         needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
-        if not needed or observations or not self._metric.needs_observation and not self._needs_probe():
+        if not needed or observations or (not self._metric.needs_observation and not self._needs_probe()):
             return True
         if not any(bool(g.any()) for g in gradients.values()):
             return False
@@ -453,18 +458,25 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> tuple[Step, BlockVector]:
         group, partition = self.param_groups[0], curvature.partition
         lr, decay = group["lr"], group["weight_decay"]
+        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
+        momentum = 0.0 if isinstance(self._search, QuadraticFit) else group["momentum"]
         parameters = trainable_parameters(self._model)
         if group["maximize"]:
             gradients = {n: -g for n, g in gradients.items()}
         if decay and self._search.needs_probe:
             gradients = {n: g + decay * parameters[n] for n, g in gradients.items()}
-        direction = self._precondition(curvature, self._with_momentum(gradients, group["momentum"]))
+        direction = self._precondition(curvature, self._with_momentum(gradients, momentum))
         gradient = self._pack(partition, gradients)
         probe = None
         if self._needs_probe():
             penalty = decay if self._search.needs_probe else 0.0
             probe = ModelProbe(self._model, partition, self._likelihood, observations, again, random, penalty)
             loss = probe.loss() if again is None else loss + probe.penalty()
+            if loss is None and self._damping.needs_loss:
+                raise NotObservedError(
+                    f"{type(self._damping).__name__} follows the measured change of the loss, and the loss is not "
+                    "known. Call opt.observe(output, target) before loss.backward(), or give step() a closure."
+                )
         local = LocalModel(
             gradient,
             {n: curvature.operators[n] for n in direction},

@@ -140,7 +140,7 @@ def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor,
         if len(vectors) > 1:
             try:
                 # All vectors share one forward pass; the random streams are replayed, so that masks are shared too.
-                output, pushed = torch.vmap(push, out_dims=(None, 0), randomness="same")(tangents)
+                output, pushed = torch.vmap(push, out_dims=(None, 0), randomness="same")(tangents)  # pyright: ignore
                 return output.detach(), list(pushed.detach())
             except (NotImplementedError, RuntimeError, ValueError):
                 pass  # an operation that vmap does not know, or that looks at the values of tangents

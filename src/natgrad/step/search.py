@@ -185,6 +185,7 @@ class Armijo:
 
 
 _NO_LOSS = (
-    "Armijo compares the loss before and after the step, and the loss is not known. Give the optimizer a closure that "
-    "returns (loss, output), or use a search that needs none: KLClip, TrustRegion or LearningRate."
+    "Armijo compares the loss before and after the step, and the loss is not known. Call opt.observe(output, "
+    "target) before backward(), give step() a closure that returns (loss, output), or use a search that needs no loss: "
+    "QuadraticFit, KLClip, TrustRegion or LearningRate."
 )
