@@ -1,7 +1,8 @@
 """The optimizer and its presets."""
 
+from natgrad.optim.examination import CoverageRow
 from natgrad.optim.functional import natural_gradient
-from natgrad.optim.optimizer import CoverageRow, NaturalGradient
+from natgrad.optim.optimizer import NaturalGradient
 from natgrad.optim.presets import (
     EKFAC,
     KFAC,

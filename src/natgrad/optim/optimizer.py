@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from natgrad.network import (
     BlockVector,
     Partition,
     RandomState,
-    Tape,
     trainable_parameters,
-    unreached_parameters,
 )
 from natgrad.optim.checks import check_arguments, parse_evaluation
 from natgrad.optim.curvature import Curvature
+from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
 from natgrad.optim.observer import Observation, Observer
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
@@ -34,25 +33,6 @@ from natgrad.step.local import largest, rejected
 
 Closure = Callable[[], Any]
 _GENERATOR, _NOTE = "generator", "natgrad"
-
-
-@dataclass(frozen=True)
-class CoverageRow:
-    """How one parameter is treated.
-
-    Attributes:
-        parameter: qualified name.
-        shape: its shape.
-        block: name of the curvature block it belongs to.
-        treatment: the structure it gets.
-        reason: why, where it is not what the structure's name says.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    block: str
-    treatment: str
-    reason: str
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -126,11 +106,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._device = next(iter(parameters.values())).device
         self._generator = torch.Generator(device=self._device).manual_seed(seed)
         self._curvature: Curvature | None = None
-        self._uncovered: dict[str, str] | None = None
+        self._examination = Examination()
         self._steps = 0
-        self._unreached: frozenset[str] = frozenset()
-        self._alone = False  # whether no pass with more than one row was examined
-        self._stale = False  # whether the blocks are of before the last examination
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
         self._observer = Observer(model, self._wants_tape, self._on_pass)
@@ -168,14 +145,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _take_statistics(self, observation: Observation, output: Tensor) -> None:
         self._likelihood.check_output(output)
         with observation.differentiating(output) as tape:
-            if self._uncovered is None:
-                # What the layers' rules account for cannot be told from NaN; wait for a pass that is finite.
-                seen = [output, *(use.input for uses in tape.uses.values() for use in uses)]
-                observation.skipped = not all(bool(torch.isfinite(t).all()) for t in seen)
-                if observation.skipped:
-                    return
+            observation.skipped = not self._examination.possible(tape, output)
+            if observation.skipped:
+                return
             with torch.enable_grad():
-                self._examine(tape, output)
+                self._examination.examine(self._metric, self._likelihood, tape, output, self._generator)
             curvature = self._curvature_for(self._partition())
             bases = dict(curvature.bases)
             for other in self._observer.observations:
@@ -184,21 +158,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
         observation.tape = None  # the layers' inputs are no longer needed
-
-    def _examine(self, tape: Tape, output: Tensor) -> None:
-        """Learn which parameters the layers' rules serve: in the first pass, and where a later one can show more.
-
-        A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
-        first with more than one row: with one, every axis looks like the batch.
-        """
-        first, alone = self._uncovered is None, output.shape[0] == 1
-        names = tuple(trainable_parameters(self._model)) if first else tuple(sorted(self._unreached))
-        unreached = unreached_parameters(tape, names)
-        if not first and unreached == self._unreached and (alone or not self._alone):
-            return
-        found, known = self._metric.examine(tape, self._likelihood, self._generator), self._uncovered or {}
-        self._stale = not first and not found.keys() <= known.keys()
-        self._uncovered, self._unreached, self._alone = {**found, **known}, unreached, alone
 
     def observe(self, output: Tensor, target: Target | None = None) -> None:
         """Say explicitly which output the loss is made of, between the forward pass and ``backward()``.
@@ -336,7 +295,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 if p.grad.is_sparse:
                     raise UnsupportedError(f"The gradient of {name} is sparse, which natgrad does not support.")
                 gradients[name] = p.grad
-        strange = [n for n in sorted(self._unreached) if n in gradients and bool(gradients[n].any())]
+        strange = [n for n in sorted(self._examination.unreached) if n in gradients and bool(gradients[n].any())]
         if strange and self._statistics_due():
             raise UnsupportedError(
                 f"{', '.join(strange[:5])} {'and others have' if len(strange) > 5 else 'has'} a gradient, but the "
@@ -371,9 +330,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _partition(self) -> Partition:
         names = tuple(trainable_parameters(self._model))
-        if self._curvature is not None and self._curvature.partition.order == names and not self._stale:
+        if self._curvature is not None and self._curvature.partition.order == names and not self._examination.stale:
             return self._curvature.partition
-        return self._metric.partition(self._model, self._uncovered)
+        return self._metric.partition(self._model, self._examination.uncovered)
 
     def _curvature_for(self, partition: Partition) -> Curvature:
         if self._curvature is None or self._curvature.partition is not partition:
@@ -386,7 +345,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 for observation in self._observer.observations:  # seen with other blocks
                     observation.skipped = observation.statistics is not None
             self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
-            self._stale = False
+            self._examination.stale = False
         return self._curvature
 
     def _update_curvature(self, observations: list[Observation], gradients: dict[str, Tensor]) -> Curvature:
@@ -546,13 +505,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def coverage(self) -> list[CoverageRow]:
         """How every trainable parameter is treated, and why; before the first observed pass: as far as types tell."""
-        rows: list[CoverageRow] = []
-        for block in self._partition().blocks:
-            for cell in block.cells:
-                treatment, reason = self._metric.reason(cell)
-                for name, shape in zip(cell.parameters, cell.shapes, strict=True):
-                    rows.append(CoverageRow(name, tuple(shape), block.name, treatment, reason))
-        return rows
+        return coverage_rows(self._metric, self._partition())
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step for any logger. Waits for the device."""
@@ -600,9 +553,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "metric": repr(self._metric),
                 "steps": self._steps,
                 "damping": dict(self._damping.state()),
-                "uncovered": self._uncovered,
-                "unreached": sorted(self._unreached),
-                "alone": self._alone,
+                **self._examination.state(),
             }
         )
         for p in self.param_groups[0]["params"]:
@@ -631,11 +582,12 @@ class NaturalGradient(torch.optim.Optimizer):
             if _GENERATOR in slot:
                 self._generator.set_state(slot[_GENERATOR].cpu())
         if own is not None:
-            self._steps, self._uncovered = own["steps"], own["uncovered"]
+            self._steps, self._examination = own["steps"], Examination.restored(own)
             self._damping = self._damping.restored(own["damping"])
-            self._unreached, self._alone = frozenset(own["unreached"]), own["alone"]
         self._curvature = None
-        if any("step" in s for s in self.state.values()) and (self._uncovered is not None or self._metric.replayed):
+        if any("step" in s for s in self.state.values()) and (
+            self._examination.uncovered is not None or self._metric.replayed
+        ):
             self._curvature_for(self._partition())
 
     def _check_saved(self, own: dict[str, Any], state: dict[Any, Any]) -> None:

@@ -1,0 +1,93 @@
+"""Which parameters the layers' rules serve: learned from real passes, and how each parameter is treated as a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihood import Likelihood
+from natgrad.metric import Metric
+from natgrad.network import Partition, Tape, trainable_parameters, unreached_parameters
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one parameter is treated.
+
+    Attributes:
+        parameter: qualified name.
+        shape: its shape.
+        block: name of the curvature block it belongs to.
+        treatment: the structure it gets.
+        reason: why, where it is not what the structure's name says.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    block: str
+    treatment: str
+    reason: str
+
+
+def coverage_rows(metric: Metric, partition: Partition) -> list[CoverageRow]:
+    """One row per trainable parameter, in the order of the blocks."""
+    rows: list[CoverageRow] = []
+    for block in partition.blocks:
+        for cell in block.cells:
+            treatment, reason = metric.reason(cell)
+            for name, shape in zip(cell.parameters, cell.shapes, strict=True):
+                rows.append(CoverageRow(name, tuple(shape), block.name, treatment, reason))
+    return rows
+
+
+@dataclass
+class Examination:
+    """What the passes so far have shown.
+
+    Attributes:
+        uncovered: parameters that no layer rule may serve, with the reason; None before the first finite pass.
+        unreached: parameters on which no observed output has depended yet.
+        alone: whether no pass with more than one row was examined.
+        stale: whether blocks made before the last examination are out of date.
+    """
+
+    uncovered: dict[str, str] | None = None
+    unreached: frozenset[str] = field(default_factory=frozenset)
+    alone: bool = False
+    stale: bool = False
+
+    def possible(self, tape: Tape, output: Tensor) -> bool:
+        """Whether this pass can be examined: the first one must be finite, for nothing can be told from NaN."""
+        if self.uncovered is not None:
+            return True
+        seen = [output, *(use.input for uses in tape.uses.values() for use in uses)]
+        return all(bool(torch.isfinite(t).all()) for t in seen)
+
+    def examine(
+        self, metric: Metric, likelihood: Likelihood, tape: Tape, output: Tensor, generator: torch.Generator
+    ) -> None:
+        """Learn from the first pass, and from a later one where it can show more.
+
+        A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
+        first with more than one row: with one, every axis looks like the batch.
+        """
+        first, alone = self.uncovered is None, output.shape[0] == 1
+        names = tuple(trainable_parameters(tape.model)) if first else tuple(sorted(self.unreached))
+        unreached = unreached_parameters(tape, names)
+        if not first and unreached == self.unreached and (alone or not self.alone):
+            return
+        found, known = metric.examine(tape, likelihood, generator), self.uncovered or {}
+        self.stale = not first and not found.keys() <= known.keys()
+        self.uncovered, self.unreached, self.alone = {**found, **known}, unreached, alone
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"uncovered": self.uncovered, "unreached": sorted(self.unreached), "alone": self.alone}
+
+    @staticmethod
+    def restored(state: dict[str, Any]) -> Examination:
+        """What :meth:`state` gave."""
+        return Examination(state["uncovered"], frozenset(state["unreached"]), state["alone"])
