@@ -75,15 +75,20 @@ class ModelProbe:
         return 0.5 * self.decay * torch.stack([p.detach().square().sum() for p in parameters.values()]).sum()
 
     def curvature(self, deltas: Sequence[BlockVector]) -> Tensor:
-        gram, total = torch.zeros(()), 0.0
+        gram: Tensor | float = 0.0
+        total: Tensor | float = 0.0
         named = [self.partition.unpack(delta) for delta in deltas]
         for observation in self.observations:
             f, pushed = _push(observation.observed, named)
             weights = self._weights(observation)
             total = total + (f[..., 0].numel() if weights is None else weights.sum())
-            products = [self.likelihood.fisher_matvec(f, u) for u in pushed]
-            entries = [[self._sum((u * p).sum(-1), weights) for p in products] for u in pushed]
-            gram = gram + torch.stack([torch.stack(row) for row in entries]) / 1.0
+            factors = None
+            if observation.target is not None:
+                factors = self.likelihood.curvature_weights(f, observation.target)
+            products = [self.likelihood.unweighted.fisher_matvec(f, u) for u in pushed]
+            entries = [self._sum((u * p).sum(-1), factors) for u in pushed for p in products]
+            gram = gram + torch.stack(entries).reshape(len(pushed), len(pushed))
+        assert isinstance(gram, Tensor)
         return gram / total
 
     def _moved(self, delta: BlockVector) -> dict[str, Tensor]:
