@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import natgrad as ng
 from natgrad.network import Pass, trainable_parameters
-from natgrad.optim.probe import _push
+from natgrad.optim.probe import ModelProbe, _push
 
 
 class Sine(torch.autograd.Function):
@@ -71,3 +73,29 @@ def test_pushed_vectors_are_finite_differences_of_the_output(name, count):
             )
             torch.testing.assert_close(jv, (there - back) / 2e-5, rtol=1e-6, atol=1e-8)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_exact_curvature_between_vectors_is_that_of_the_weighted_loss():
+    """Against torch's own Hessian: the model is linear, so that the loss's Hessian is its Gauss-Newton matrix."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1, -100, 0])
+    w = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    options: dict[str, Any] = {"class_weights": w, "label_smoothing": 0.2, "ignore_index": -100}
+    likelihood = ng.Weighted(ng.Categorical(), **options)
+    optimizer = ng.NaturalGradient(model, likelihood)
+    output = model(x)
+    optimizer.observe(output, y)
+    partition = ng.Fisher(ng.Exact(), ng.Dense()).partition(model)
+    probe = ModelProbe(model, partition, likelihood, optimizer._observer.take())
+    deltas = [torch.randn(15, dtype=torch.float64) for _ in range(2)]
+    got = probe.curvature([partition.split(d) for d in deltas])
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        logits = x @ flat[:12].reshape(3, 4).T + flat[12:]
+        return F.cross_entropy(logits, y, weight=w, label_smoothing=0.2, ignore_index=-100)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.func.hessian(loss)(flat)
+    stacked = torch.stack(deltas)
+    torch.testing.assert_close(got, stacked @ hessian @ stacked.T, rtol=1e-9, atol=1e-12)
