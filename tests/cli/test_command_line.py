@@ -176,11 +176,12 @@ def test_as_a_program():
 
 @pytest.mark.parametrize("width", [72, 100, 140])
 def test_numbers_are_never_cut_to_fit_the_terminal(width):
-    run("compare", "diabetes", "-o", "sgd,adamw", "--seeds", "1", "--steps", "3")
+    run("compare", "diabetes", "-o", "sgd,kfac", "--seeds", "1", "--steps", "3")
     found = Comparison.load("runs/diabetes/comparison.json")
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table(found, width))
     text = console.export_text()
+    assert ("max_kl 0." in text and "lr 0.01" in text) == (width > 72), "the setting is named, where there is room"
     assert "…" not in text and max(len(line) for line in text.splitlines()) <= width
     for row in found.summary:
         assert f"{row.train_loss:.4g}" in text

@@ -103,10 +103,15 @@ def comparison(
     return assembled(names, seeds, runs, budget=budget, target=target, tune=tune)
 
 
+KNOBS = {"natgrad": "max_kl", "torch": "lr"}
+
+
 def assembled(
     names: tuple[str, ...], seeds: tuple[int, ...], runs: list[Run], *, budget: float, target: float | None, tune: bool
 ) -> Comparison:
-    infos = tuple(OptimizerInfo(n, PROFILES[n][0], 0.1, f"momentum 0.9, {n} defaults") for n in names)
+    infos = tuple(
+        OptimizerInfo(n, PROFILES[n][0], 0.1, f"momentum 0.9, {n} defaults", KNOBS[PROFILES[n][0]]) for n in names
+    )
     times = [float(np.median(r.seconds_per_step)) for r in runs if r.seconds_per_step]
     cheapest = min(times, default=1.0)
     rows = tuple(row_of(n, [r for r in runs if r.optimizer == n], target, cheapest) for n in names)

@@ -226,7 +226,7 @@ def test_json_holds_every_number(tmp_path: Path) -> None:
 def test_failures_are_listed_with_reasons(tmp_path: Path) -> None:
     comparison = samples.failing(samples.comparison(tune=False), "sgd", (2,), at=7)
     _, page = written(comparison, tmp_path)
-    assert "sgd, seed 2, learning rate 0.1, after 7 steps: the loss became NaN at step 7" in page.text
+    assert "sgd, seed 2, lr 0.1, after 7 steps: the loss became NaN at step 7" in page.text
 
 
 def test_learning_rate_grid_shows_losses_and_the_choice(tmp_path: Path) -> None:
@@ -234,6 +234,20 @@ def test_learning_rate_grid_shows_losses_and_the_choice(tmp_path: Path) -> None:
     assert "0.01 0.4303" in page.text.replace("0.010.4303", "0.01 0.4303")
     assert len(re.findall(r'<td class="chosen"><small>0\.1</small>0\.2000', html)) == 1
     assert re.search(r'title="the loss became NaN at step 12"><small>1</small>failed', html)
+
+
+def test_settings_are_named_for_what_they_are(tmp_path: Path) -> None:
+    """A radius of a trust region is never called a learning rate: table, grid and failures name the knob."""
+    comparison = samples.failing(samples.comparison(("kfac", "sgd")), "kfac", (2,), at=7)
+    html, page = written(comparison, tmp_path)
+    for name, knob in (("kfac", "max_kl"), ("sgd", "lr")):
+        assert re.search(rf'<tr data-optimizer="{name}">.*?<td data-key="lr" data-value="0.1">{knob} 0\.1<', html, re.S)
+        assert re.search(rf'<th scope="row"><svg [^\n]*</svg>{name} <code>{knob}</code></th>', html)
+    assert "kfac, seed 2, max_kl 0.1, after 7 steps" in page.text
+    assert "kfac, trial of max_kl 1, seed 0" in page.text and "sgd, trial of lr 1, seed 0" in page.text
+    plain, page = written(samples.comparison(("kfac",), tune=False), tmp_path)
+    assert "default setting (learning rate lr, or trust-region radius max_kl)" in page.text
+    assert "default learning rate" not in plain + html
 
 
 def test_same_colour_in_every_picture(tmp_path: Path) -> None:

@@ -232,6 +232,9 @@ def test_json_round_trip(tmp_path):
     result = compare(regression(), Plan(("sgd", "lbfgs"), (0,), Limit(steps=3), tune=Limit(steps=1), command="x"))
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     back = Comparison.from_json(data)
+    for info in data["optimizers"]:  # files written before the knob was recorded
+        info.pop("knob")
+    assert {info.knob for info in Comparison.from_json(data).optimizers} == {"lr"}
     assert back.to_json() == result.to_json()
     assert back.runs[0].kl_measured == result.runs[0].kl_measured and isinstance(back.runs[0].evaluations, tuple)
     assert math.isnan(back.runs[0].kl_predicted[0]), "what was not measured comes back as NaN"
@@ -292,6 +295,13 @@ def test_muon_takes_hidden_matrices_only():
 
     model = Model()
     assert [id(p) for p in hidden_matrices(model)] == [id(model.hidden.weight)]
+
+
+def test_results_name_the_setting_that_was_scaled():
+    result = compare(regression(), Plan(("kfac", "hessian-free", "sgd"), (0,), Limit(steps=1)))
+    found = Comparison.from_json(result.to_json())
+    assert [info.knob for info in found.optimizers] == ["max_kl", "lr", "lr"]
+    assert found.knob_of("kfac") == "max_kl" and found.knob_of("sgd") == "lr"
 
 
 def test_settings_that_cannot_be():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from natgrad.tasks.train import Progress as Report
 
 _REFRESH = 0.1  # seconds between updates of the display: drawing must not slow the training it shows
-# (least width of the terminal, columns left out at that width)
-_DROPPED = ((125, ()), (95, ("KL/update", "memory", "cost")), (0, ("KL/update", "memory", "cost", "lr", "test loss")))
+# Columns left out: the first that lets the table fit, else the last.
+_DROPPED = ((), ("KL/update", "memory", "cost"), ("KL/update", "memory", "cost", "setting", "test loss"))
 _PHASES = {"tune": "tuning", "measure": "memory of", "train": "training"}
 
 
@@ -29,7 +30,10 @@ class Display:
     """A context manager whose methods are the engine's listeners."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
+        from natgrad.tasks.optimizers import find_optimizers
+
         self.console, self.plan = console, plan
+        self.knobs = {spec.name: spec.knob for spec in find_optimizers(plan.optimizers)}
         self.total = len(plan.optimizers) * len(plan.seeds)
         self.done = 0
         self.last = 0.0
@@ -65,7 +69,7 @@ class Display:
         detail = f"step {report.step}"
         if math.isfinite(report.train_loss):
             detail += f"  loss {report.train_loss:.4g}"
-        rate = f" lr {report.lr:.3g}" if report.phase == "tune" else ""
+        rate = f" {self.knobs[report.optimizer]} {report.lr:.3g}" if report.phase == "tune" else ""
         self.bars.update(
             self.current,
             description=f"{_PHASES[report.phase]} {report.optimizer}{rate} seed {report.seed}",
@@ -90,11 +94,17 @@ class Display:
 
 def table(comparison: Comparison, width: int) -> Table:
     """The summary, best final training loss first; on a narrow terminal without the columns that matter least."""
-    dropped = next(names for least, names in _DROPPED if width >= least)
+    tables = [_table(comparison, dropped) for dropped in _DROPPED]
+    console = Console(width=1000)
+    fitting = (each for each in tables if Measurement.get(console, console.options, each).minimum <= width)
+    return next(fitting, tables[-1])
+
+
+def _table(comparison: Comparison, dropped: tuple[str, ...]) -> Table:
     result = Table(title=f"{comparison.task.name}: medians over the seeds", title_justify="left", box=box.SIMPLE_HEAD)
     result.add_column("optimizer", no_wrap=True)
     rows = sorted(comparison.summary, key=lambda row: math.inf if row.train_loss is None else row.train_loss)
-    cells = [_cells(row, comparison.task.metric) for row in rows]
+    cells = [_cells(row, comparison.knob_of(row.optimizer), comparison.task.metric) for row in rows]
     for name in cells[0]:
         if name not in dropped:
             result.add_column(name, justify="right", min_width=max(len(row[name]) for row in cells))
@@ -111,12 +121,12 @@ def failures(comparison: Comparison) -> Iterator[str]:
             yield f"[red]{row.optimizer}[/]: {row.failed} of {row.runs} runs did not finish: {reason}"
 
 
-def _cells(row: SummaryRow, metric: str) -> dict[str, str]:
+def _cells(row: SummaryRow, knob: str, metric: str) -> dict[str, str]:
     """Column name -> text."""
     share = row.test_metric
     memory = row.peak_memory_bytes
     return {
-        "lr": _number(row.lr, 3) + ("†" if row.tuned else ""),
+        "setting": f"{knob} {_number(row.lr, 3)}" + ("†" if row.tuned else ""),
         "train loss": _number(row.train_loss),
         "test loss": _number(row.test_loss),
         metric: f"{100 * share:.1f}%" if share is not None and metric == "accuracy" else _number(share),

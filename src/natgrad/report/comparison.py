@@ -93,7 +93,12 @@ class Column:
 
 
 COLUMNS = (
-    Column("lr", "learning rate", "Step size used; tuned ones come from the grid below", ""),
+    Column(
+        "lr",
+        "setting",
+        "Learning rate lr, or trust-region radius max_kl in nats; tuned ones are from the grid below",
+        "",
+    ),
     Column("runs", "runs ok", "Runs that reached their limit, of all runs", ""),
     Column("steps", "steps", "Updates made, median over seeds", ""),
     Column("train_loss", "train loss", "Final training loss (nats per prediction), median over seeds"),
@@ -122,10 +127,7 @@ def table(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
     """(optimizer, cells in the order of COLUMNS) for every row of the summary."""
     rows = comparison.summary
     best = {column.key: _best(rows, column, comparison.task.metric_higher_is_better) for column in COLUMNS}
-    return [
-        (row.optimizer, [_cell(row, column, best[column.key], comparison.target is not None) for column in COLUMNS])
-        for row in rows
-    ]
+    return [(row.optimizer, [_cell(comparison, row, column, best[column.key]) for column in COLUMNS]) for row in rows]
 
 
 def _best(rows: Sequence[SummaryRow], column: Column, higher: bool) -> float | None:
@@ -139,12 +141,12 @@ def _best(rows: Sequence[SummaryRow], column: Column, higher: bool) -> float | N
     return max(kept) if column.key == "test_metric" and higher else min(kept)
 
 
-def _cell(row: SummaryRow, column: Column, best: float | None, has_target: bool) -> Cell:
+def _cell(comparison: Comparison, row: SummaryRow, column: Column, best: float | None) -> Cell:
     if column.key == "runs":
         return Cell(str(row.runs - row.failed), f"{row.runs - row.failed} of {row.runs}")
     value = getattr(row, column.key)
     if value is None or not math.isfinite(value):
-        missing = "not reached" if has_target and column.key.endswith("to_target") else "–"
+        missing = "not reached" if comparison.target is not None and column.key.endswith("to_target") else "–"
         return Cell("", missing)
     shown = number(value, 3 if column.key == "kl_per_update" else 4)
     if column.key == "seconds_per_step":
@@ -155,7 +157,7 @@ def _cell(row: SummaryRow, column: Column, best: float | None, has_target: bool)
     elif column.key in ("steps", "steps_to_target"):
         shown = grouped(int(value)) if value % 1 == 0 else number(value, 4)
     elif column.key == "lr":
-        shown = f"{value:.4g}"
+        shown = f"{comparison.knob_of(row.optimizer)} {value:.4g}"
     elif column.key == "cost_ratio":
         shown = f"{number(value)}×"
     if column.key.endswith("to_target") and row.reached < row.runs:
@@ -191,7 +193,7 @@ def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("limit per run", limit),
                 ("seeds", ", ".join(str(seed) for seed in settings.seeds) or "none"),
                 ("rows per evaluation", f"at most {grouped(settings.evaluation_rows)} of each set"),
-                ("learning rates", "tuned on the grid below" if settings.tuning else "each optimizer's default"),
+                ("learning rates, radii", "tuned on the grid below" if settings.tuning else "each optimizer's default"),
                 ("target", f"training loss {number(target.train_loss, 5)}: {target.source}" if target else "none"),
             ],
         ),
@@ -213,7 +215,7 @@ def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
 
 @dataclass(frozen=True)
 class GridCell:
-    """One learning rate of one optimizer: median training loss over the trials, or why there is none."""
+    """One setting of one optimizer: median training loss over the trials, or why there is none."""
 
     lr: str
     shown: str

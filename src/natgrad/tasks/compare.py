@@ -26,7 +26,7 @@ from natgrad.tasks.task import Task, validate
 from natgrad.tasks.train import Limit, Progress, train
 
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Factors of the default learning rate that ``--tune`` tries, the same for every optimizer."""
+"""Factors of the default setting (learning rate or radius) that ``--tune`` tries, the same for every optimizer."""
 DEFAULT_LIMIT = Limit(seconds=10.0)
 Listener = Callable[[Progress], None]
 
@@ -104,7 +104,7 @@ class _Comparing:
 
     def result(self) -> Comparison:
         machine = machine_facts(self.device)
-        infos = tuple(OptimizerInfo(s.name, s.family, self.default_lr(s), s.note) for s in self.specs)
+        infos = tuple(OptimizerInfo(s.name, s.family, self.default_lr(s), s.note, s.knob) for s in self.specs)
         rates = {info.name: info.default_lr for info in infos}
         try:
             if self.plan.tune is not None:

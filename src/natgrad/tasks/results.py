@@ -56,17 +56,22 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """One optimizer of the comparison: ``family`` is ``natgrad`` or ``torch``; ``note`` states its fixed settings."""
+    """One optimizer of the comparison: ``family`` is ``natgrad`` or ``torch``; ``note`` states its fixed settings.
+
+    ``knob`` names the setting whose value the fields ``default_lr`` and ``lr`` hold, here and in runs, trials and
+    summary: the learning rate ``lr``, or ``max_kl``, the radius of a trust region in nats per prediction.
+    """
 
     name: str
     family: str
     default_lr: float
     note: str
+    knob: str = "lr"
 
 
 @dataclass(frozen=True)
 class TuningTrial:
-    """One short run of the learning-rate search; ``train_loss`` is NaN when it failed, ``failure`` then says why."""
+    """One short run of the search for a setting; ``train_loss`` is NaN when it failed, ``failure`` then says why."""
 
     optimizer: str
     lr: float
@@ -78,7 +83,7 @@ class TuningTrial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The learning-rate search: every optimizer tried default_lr × each factor, under the same limit per trial.
+    """The search for a setting: every optimizer tried default_lr × each factor, under the same limit per trial.
 
     Exactly one of ``budget_seconds`` (training seconds) and ``steps`` limits a trial.
     """
@@ -92,7 +97,7 @@ class Tuning:
 @dataclass(frozen=True)
 class Settings:
     """How the comparison was run. Exactly one of ``budget_seconds`` and ``steps`` limits a run; ``tuning`` is None
-    when every optimizer ran at its default learning rate. Evaluations use at most ``evaluation_rows`` rows of each set.
+    when every optimizer ran at its default setting. Evaluations use at most ``evaluation_rows`` rows of each set.
     """
 
     seeds: tuple[int, ...]
@@ -205,6 +210,10 @@ class Comparison:
     def runs_of(self, optimizer: str) -> tuple[Run, ...]:
         """All runs of one optimizer, in the order of the seeds."""
         return tuple(run for run in self.runs if run.optimizer == optimizer)
+
+    def knob_of(self, optimizer: str) -> str:
+        """The name of the setting that the optimizer's ``lr`` values are of."""
+        return next((info.knob for info in self.optimizers if info.name == optimizer), "lr")
 
     def to_json(self) -> dict[str, Any]:
         """A tree of dicts, lists, strings, numbers, booleans and None; non-finite numbers become None."""
