@@ -824,11 +824,16 @@ def test_pitfall_39_damping_follows_the_ratio_and_never_below_its_floor():
 
 @pytest.mark.parametrize("search", [ng.TrustRegion(0.1, backtracks=2), ng.Armijo(backtracks=2)], ids=str)
 def test_pitfall_40_a_rejected_step_restores_everything(search):
-    """Parameters, BatchNorm statistics and random streams are those of one ordinary forward pass."""
+    """Parameters, momentum, BatchNorm statistics and random streams are those of one ordinary forward pass.
+
+    What was learned about the curvature at the present parameters is kept: it is right whatever became of the step.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double()
     twin, (x, y), calls = copy.deepcopy(model), batch(), []
-    optimizer = ng.NaturalGradient(model, ng.Categorical(), lr=1.0, metric=EXACT_DENSE, search=search)
+    momentum = 0.0 if isinstance(search, ng.QuadraticFit) else 0.9
+    options = {"metric": EXACT_DENSE, "search": search, "momentum": momentum}
+    optimizer = ng.NaturalGradient(model, ng.Categorical(), lr=1.0, **options)
     before = theta(model)
 
     def closure() -> tuple[Tensor, Tensor]:
@@ -845,6 +850,7 @@ def test_pitfall_40_a_rejected_step_restores_everything(search):
     assert len(calls) >= 3
     assert not bool(optimizer.last.accepted)
     assert torch.equal(theta(model), before)
+    assert not any("momentum" in state for state in optimizer.state.values())
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
     assert torch.equal(torch.get_rng_state(), stream)
 

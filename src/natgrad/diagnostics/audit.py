@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
-from natgrad.linalg import CG, BlockDiagonalMatrix, FunctionOperator, LinearOperator
-from natgrad.metric import Diagonal, Estimate, Exact, Fisher, Metric, MonteCarlo, Structure, check_finite_output
+from natgrad.linalg import CG, BlockDiagonalMatrix, LinearOperator
+from natgrad.metric import Diagonal, Estimate, Exact, Fisher, MonteCarlo, Structure, check_finite_output
+from natgrad.metric.fisher import parameter_function
 from natgrad.network import (
     Block,
     Linearization,
     Partition,
     Pass,
+    Tape,
     as_arguments,
+    full_precision,
     record,
     trainable_parameters,
 )
@@ -127,17 +130,35 @@ def audit(
     Returns:
         A report that prints as a table.
     """
-    rule = as_damping(damping)
-    tape = record(model, x)
+    args, kwargs = as_arguments(x)
+    observed, tape = Pass.begin(model, args, kwargs), record(model, x)
+    assert tape.output is not None
+    check_finite_output(tape.output)
+    likelihood.check_output(tape.output)
+    generator = generator or torch.Generator(device=tape.output.device).manual_seed(0)
+    with full_precision(tape.output.device):
+        report = _compare(
+            observed, tape, likelihood, y, Fisher(estimate, structure), as_damping(damping), step_kl, generator
+        )
+    for message in report.messages:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return report
+
+
+def _compare(
+    observed: Pass,
+    tape: Tape,
+    likelihood: Likelihood,
+    y: Target | None,
+    metric: Fisher,
+    rule: Damping,
+    step_kl: float,
+    generator: torch.Generator,
+) -> AuditReport:
+    structure, estimate = metric.structure, metric.estimate
     assert tape.output is not None
     f = tape.output.detach()
-    check_finite_output(f)
-    likelihood.check_output(f)
-    generator = generator or torch.Generator(device=f.device).manual_seed(0)
-    metric: Metric = Fisher(estimate, structure)
-    partition = metric.partition(model, metric.examine(tape, likelihood, generator))
-    args, kwargs = as_arguments(x)
-    observed = Pass(model, args, kwargs)
+    partition = metric.partition(observed.model, metric.examine(tape, likelihood, generator))
     needs_labels = likelihood.needs_target or estimate.needs_target
     labels = y if y is not None or needs_labels else likelihood.sample(f, 1, generator=generator)[0]
     if metric.replayed:
@@ -167,7 +188,7 @@ def audit(
     predicted, quadratic, measured = _predictions(
         product, likelihood, partition, operators, full, directions, flat_direction, y, step_kl
     )
-    report = AuditReport(
+    return AuditReport(
         structure=structure.name,
         damping=rule.value,
         blocks=tuple(rows),
@@ -177,9 +198,6 @@ def audit(
         kl_measured=measured,
         messages=tuple(_messages(rows, rule.value)),
     )
-    for message in report.messages:
-        warnings.warn(message, UserWarning, stacklevel=2)
-    return report
 
 
 class _ExactFisher:
@@ -199,7 +217,7 @@ class _ExactFisher:
         score = self.likelihood.score(self.output, labels)
         return self.linearization.vjp((score / self.normaliser).to(self.output.dtype))
 
-    def restricted(self, block: Block) -> FunctionOperator:
+    def restricted(self, block: Block) -> LinearOperator:
         """``v ↦ (F v)`` restricted to the parameters of ``block``."""
         zeros = {n: torch.zeros_like(p) for n, p in self.linearization.parameters.items()}
 
@@ -210,7 +228,7 @@ class _ExactFisher:
                 u = u * self.weights[..., None]
             return block.pack(self.linearization.vjp((u / self.normaliser).to(self.output.dtype)))
 
-        return FunctionOperator(product, (block.size, block.size), self.output.dtype, self.output.device)
+        return parameter_function(block, product, next(iter(self.linearization.parameters.values())))
 
 
 def _solve(operator: LinearOperator, g: Tensor, damping: float) -> Tensor:

@@ -250,19 +250,23 @@ def _products(block: Block, linearization: Linearization, output_product) -> Fun
         pushed = linearization.jvp(block.unpack(v))
         return block.pack(linearization.vjp(output_product(pushed).to(linearization.output.dtype)))
 
-    return parameter_function(block, product, linearization.output)
+    return parameter_function(block, product, next(iter(linearization.parameters.values())))
 
 
 def parameter_function(block: Block, product, like: Tensor) -> FunctionOperator:
-    """A symmetric operator from a function of one vector; batches of vectors are taken one by one."""
+    """A symmetric operator from a function of one vector; batches of vectors are taken one by one.
+
+    It works in the precision of the parameters, ``like`` being one of them, but in float32 at least.
+    """
 
     def matvec(v: Tensor) -> Tensor:
         if v.dim() == 1:
-            return product(v)
+            return product(v).to(v.dtype)
         flat = v.reshape(-1, v.shape[-1])
-        return torch.stack([product(row) for row in flat]).reshape(v.shape)
+        return torch.stack([product(row).to(v.dtype) for row in flat]).reshape(v.shape)
 
-    return FunctionOperator(matvec, (block.size, block.size), like.dtype, like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return FunctionOperator(matvec, (block.size, block.size), dtype, like.device)
 
 
 def mean_operator(statistics: ProductStatistics) -> LinearOperator:

@@ -33,9 +33,9 @@ _CHUNK_BYTES = 64 * 2**20
 class Kronecker(Structure):
     """K-FAC: one Kronecker product per layer.
 
-    Norm layers get the exact diagonal of their few parameters. A parameter that no layer rule covers gets a diagonal
-    estimated from batch gradients with random signs per row, ``E[(Σ_n ±r_n)²] = Σ_n r_n²``: unbiased, at the cost of
-    its share of one backward pass.
+    Norm layers get the diagonal of their rows, which is exact where no later layer couples the batch. A parameter that
+    no layer rule covers gets a diagonal estimated from batch gradients with random signs per row,
+    ``E[(Σ_n ±r_n)²] = Σ_n r_n²``: unbiased, at the cost of its share of one backward pass.
 
     Args:
         sharing: ``"expand"`` treats every shared position (token, pixel) as an independent example, ``"reduce"``
@@ -163,7 +163,7 @@ class Kronecker(Structure):
             return "Diagonal", f"{cell.reason}: diagonal from batch gradients with random signs"
         if cell.groups:
             return self.name, ""
-        return "Diagonal", "not a weight matrix (scale and shift of a norm layer): exact diagonal"
+        return "Diagonal", "not a weight matrix (scale and shift of a norm layer): diagonal of its rows"
 
 
 def _product(inputs: Tensor, outputs: Tensor) -> KroneckerProduct:

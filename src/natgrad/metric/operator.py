@@ -15,7 +15,7 @@ from natgrad.metric.estimate import Estimate, Exact
 from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Hessian
 from natgrad.metric.structure import Dense, Structure
-from natgrad.network import Partition, Pass, as_arguments, record, trainable_parameters
+from natgrad.network import Partition, Pass, Tape, as_arguments, full_precision, record, trainable_parameters
 
 
 class ParameterOperator(LinearOperator):
@@ -119,20 +119,34 @@ def _operator(
     if not trainable_parameters(model):
         raise ArgumentError("The model has no parameter that requires a gradient, so it has no Fisher matrix.")
     args, kwargs = as_arguments(x)
-    if metric.replayed:
-        partition, observed = metric.partition(model), Pass(model, args, kwargs)
+    observed = Pass.begin(model, args, kwargs)
+    tape = None if metric.replayed else record(model, x)
+    with full_precision(next(model.parameters()).device):
+        return _of_pass(metric, observed, tape, likelihood, y, generator or _generator(model))
+
+
+def _of_pass(
+    metric: Metric,
+    observed: Pass,
+    tape: Tape | None,
+    likelihood: Likelihood,
+    y: Target | None,
+    generator: torch.Generator,
+) -> ParameterOperator:
+    model = observed.model
+    if tape is None:
+        partition = metric.partition(model)
         with torch.no_grad():
             output = observed.run()
         check_finite_output(output)
         likelihood.check_output(output)
-        statistics = metric.products(observed, likelihood, y, partition, generator=generator or _generator(model))
+        statistics = metric.products(observed, likelihood, y, partition, generator=generator)
     else:
-        tape = record(model, x)
         assert tape.output is not None
         check_finite_output(tape.output)
         likelihood.check_output(tape.output)
         partition = metric.partition(model, metric.examine(tape, likelihood, _generator(model)))
-        statistics = metric.statistics(tape, likelihood, y, partition, generator=generator or _generator(model))
+        statistics = metric.statistics(tape, likelihood, y, partition, generator=generator)
     return ParameterOperator(BlockDiagonalMatrix(metric.operators(partition, statistics)), partition)
 
 

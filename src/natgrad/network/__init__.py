@@ -12,7 +12,15 @@ from natgrad.network.layers import (
     rule_for,
 )
 from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
-from natgrad.network.replay import HessianProducts, Linearization, Pass, RandomState, is_replaying, record
+from natgrad.network.replay import (
+    HessianProducts,
+    Linearization,
+    Pass,
+    RandomState,
+    full_precision,
+    is_replaying,
+    record,
+)
 from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
 from natgrad.network.tape import (
     Recorder,
@@ -47,6 +55,7 @@ __all__ = [
     "accumulation",
     "as_arguments",
     "cells",
+    "full_precision",
     "is_replaying",
     "misaligned_parameters",
     "output_tensor",

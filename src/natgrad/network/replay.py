@@ -125,6 +125,11 @@ class Pass:
         return selected
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Outside of automatic mixed precision: products of statistics are not the user's to round."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def record(model: nn.Module, x: Any) -> Tape:
     """Run ``model`` on ``x`` without side effects and return the tape.
 
@@ -183,7 +188,7 @@ class HessianProducts:
     def __call__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``H v``: a tensor per parameter name."""
         pairs = [(g, v[n]) for g, n in zip(self._gradient, self.parameters, strict=True) if g is not None]
-        pairs = [(g, t) for g, t in pairs if g.requires_grad]
+        pairs = [(g, t.to(g.dtype)) for g, t in pairs if g.requires_grad]
         if not pairs:
             return {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         outputs, grads = zip(*pairs, strict=True)

@@ -21,6 +21,7 @@ from natgrad.network import (
     BlockVector,
     Partition,
     RandomState,
+    full_precision,
     trainable_parameters,
 )
 from natgrad.optim.checks import check_arguments, parse_evaluation
@@ -144,7 +145,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _take_statistics(self, observation: Observation, output: Tensor) -> None:
         self._likelihood.check_output(output)
-        with observation.differentiating(output) as tape:
+        with full_precision(self._device), observation.differentiating(output) as tape:
             observation.skipped = not self._examination.possible(tape, output)
             if observation.skipped:
                 return
@@ -209,8 +210,9 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients or not self._ready(observations, gradients):
             return loss
         try:
-            curvature = self._update_curvature(observations, gradients)
-            step, direction = self._search_step(curvature, gradients, observations, loss, again, random)
+            with full_precision(self._device):
+                curvature = self._update_curvature(observations, gradients)
+                step, direction = self._search_step(curvature, gradients, observations, loss, again, random)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
                 raise
@@ -235,8 +237,9 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients or not self._ready(observations, gradients):
             return
         try:
-            curvature = self._update_curvature(observations, gradients)
-            direction = self._precondition(curvature, gradients)
+            with full_precision(self._device):
+                curvature = self._update_curvature(observations, gradients)
+                direction = self._precondition(curvature, gradients)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
                 raise
@@ -280,8 +283,11 @@ class NaturalGradient(torch.optim.Optimizer):
             self._observer.keep(self._observer.find(output))
             loss.backward()
 
+        kind = self._device.type
+        casting = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+
         def again() -> tuple[Tensor, Tensor]:
-            with self._observer.paused():
+            with self._observer.paused(), torch.autocast(kind, **casting):
                 value = parse_evaluation(closure())
             assert value is not None
             return value[0], value[1]
@@ -424,7 +430,8 @@ class NaturalGradient(torch.optim.Optimizer):
             gradients = {n: -g for n, g in gradients.items()}
         if decay and self._search.needs_probe:
             gradients = {n: g + decay * parameters[n] for n, g in gradients.items()}
-        direction = self._precondition(curvature, self._with_momentum(gradients, momentum))
+        averaged = self._with_momentum(gradients, momentum)
+        direction = self._precondition(curvature, averaged)
         gradient = self._pack(partition, gradients)
         probe = None
         if self._needs_probe():
@@ -446,6 +453,8 @@ class NaturalGradient(torch.optim.Optimizer):
             block_damping={n: self._damping.amount(curvature.operators[n]) for n in direction},
         )
         step = self._search(local, direction, lr, probe)
+        if momentum and step.delta is not None:
+            self._keep_momentum(averaged, gradients)  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), local.loss)
@@ -453,18 +462,23 @@ class NaturalGradient(torch.optim.Optimizer):
         return step, direction
 
     def _with_momentum(self, gradients: dict[str, Tensor], momentum: float) -> dict[str, Tensor]:
-        """``m ← μ m + g``, left as it was where the gradient is not finite."""
+        """``m ← μ m + g``, not kept yet."""
         if not momentum:
             return gradients
         parameters = trainable_parameters(self._model)
-        finite = _all_finite(gradients)
         averaged: dict[str, Tensor] = {}
         for name, g in gradients.items():
-            state = self.state[parameters[name]]
-            before = state.get("momentum", torch.zeros_like(g))
-            averaged[name] = before * momentum + g
-            state["momentum"] = torch.where(finite, averaged[name], before)
+            before = self.state[parameters[name]].get("momentum")
+            averaged[name] = g.clone() if before is None else before * momentum + g
         return averaged
+
+    def _keep_momentum(self, averaged: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Keep ``averaged`` for the next step; what was there stays where the gradient is not finite."""
+        parameters = trainable_parameters(self._model)
+        finite = _all_finite(gradients)
+        for name, m in averaged.items():
+            state = self.state[parameters[name]]
+            state["momentum"] = torch.where(finite, m, state.get("momentum", torch.zeros_like(m)))
 
     def _previous(self, partition: Partition, direction: BlockVector) -> BlockVector | None:
         if not isinstance(self._search, QuadraticFit):
