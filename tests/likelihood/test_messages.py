@@ -94,3 +94,10 @@ def test_possible_targets_pass(likelihood: Likelihood, y: Tensor) -> None:
     likelihood.check_target(F34, y)
     assert likelihood.nll(F34, y).shape == (3,)
     assert likelihood.score(F34, y).shape == (3, 4)
+
+
+def test_the_loss_names_labels_that_are_out_of_range() -> None:
+    """nll checks no values beforehand; torch's index error is turned into the one that says what to do."""
+    f = torch.zeros(3, 2, dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=r"between 0 and 2.*labels from 0 to 1"):
+        Categorical().nll(f, torch.tensor([0, 1, 2]))

@@ -32,7 +32,11 @@ class Categorical(Likelihood):
         labels = _labels(self, f, y)
         log_p = torch.log_softmax(promote(f), dim=-1)
         if not labels.is_floating_point():
-            return -log_p.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+            try:
+                return -log_p.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+            except (RuntimeError, IndexError):
+                self.check_target(f, y)  # an index out of range has a better message there
+                raise
         soft = labels.to(log_p.dtype)
         # 0 · log 0 = 0: a class the target excludes may be masked in the logits.
         return -torch.where(soft == 0, 0.0, soft * log_p).sum(-1)
