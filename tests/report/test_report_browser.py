@@ -22,6 +22,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--window-size=1200,900",
     "--enable-logging=stderr",
     "--v=0",
 ]
@@ -68,10 +69,16 @@ def test_no_console_message_and_a_table_that_sorts(tmp_path: Path) -> None:
       document.body.dataset.name = order();
       buttons[8].click(); buttons[8].click();
       document.body.dataset.seconds = order();
+      const root = document.documentElement;
+      document.body.dataset.sideways = `${root.clientWidth > 1100} ${root.scrollWidth <= root.clientWidth}`;
+      const wrapper = document.querySelector(".card.scroll");
+      document.body.dataset.inside = wrapper.scrollWidth > wrapper.clientWidth;
     """
     dom, messages = browse(with_script(page, "sorted.html", script), tmp_path / "profile")
     assert messages == []
     assert 'data-name="adamw,kfac,sgd"' in dom
+    assert 'data-sideways="true true"' in dom, "only the wrapper of a wide table scrolls sideways, never the page"
+    assert 'data-inside="true"' in dom, "the table must be wider than its wrapper for this check to mean something"
     seconds = {row.optimizer: row.seconds_to_target or 0.0 for row in comparison.summary}
     slowest_first = ",".join(sorted(seconds, key=lambda name: -seconds[name]))
     assert f'data-seconds="{slowest_first}"' in dom
