@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from natgrad.errors import ArgumentError, ShapeError
-from natgrad.likelihood import Categorical
+from natgrad.likelihood import Categorical, Gaussian, Weighted
 from natgrad.tasks import Metric, Task, load_task
 from natgrad.tasks.task import validate
 
@@ -144,13 +144,60 @@ def test_parts_that_cannot_be_a_task(changes, error, message):
         ({"model": lambda seed: nn.Flatten()}, "no trainable parameter"),
         ({"model": lambda seed: nn.Linear(5, 4)}, "do not fit together.*tensor \\(12, 3\\) float32"),
         ({"train": (X, Y + 3)}, "do not fit together"),
-        ({"train": (torch.full_like(X, torch.nan), Y)}, "untrained model is nan"),
+        ({"train": (torch.full_like(X, torch.nan), Y)}, "train inputs have a NaN or infinite entry, first in row 0"),
         ({"metric": Metric("m", lambda output, target: output.no_such)}, "do not fit together"),
     ],
 )
 def test_validation_by_running(changes, message):
     with pytest.raises(ArgumentError, match=message):
         validate(make(**changes))
+
+
+def changed(tensor: torch.Tensor, row: int, value: float) -> torch.Tensor:
+    result = tensor.clone()
+    result[row] = value
+    return result
+
+
+MANY = 5000  # more than one chunk
+LONG_X, LONG_Y = X.repeat(MANY // 12 + 1, 1)[:MANY], Y.repeat(MANY // 12 + 1)[:MANY]
+WEIGHTS = torch.ones(MANY)
+REAL = LONG_Y.float().unsqueeze(1).expand(-1, 4)
+
+
+@pytest.mark.parametrize("row", [150, MANY - 1])
+@pytest.mark.parametrize("label", ["train", "test"])
+@pytest.mark.parametrize(
+    ("likelihood", "inputs", "targets", "message"),
+    [
+        (Categorical(), LONG_X, lambda row: changed(LONG_Y, row, 4), "Labels lie between 0 and 4"),
+        (Categorical(), LONG_X, lambda row: changed(LONG_Y, row, -1), "Labels lie between -1 and 3"),
+        (Gaussian(), LONG_X, lambda row: changed(REAL, row, torch.nan), "targets have a NaN.* first in row {row}"),
+        (Weighted(Categorical()), LONG_X, lambda row: (LONG_Y, changed(WEIGHTS, row, -1.0)), "[Ww]eight"),
+        (Weighted(Categorical()), LONG_X, lambda row: (changed(LONG_Y, row, 4), WEIGHTS), "Labels lie between 0 and 4"),
+        (Categorical(), lambda row: changed(LONG_X, row, torch.inf), lambda row: LONG_Y, "inputs .* in row {row}"),
+    ],
+)
+def test_every_row_is_looked_at(likelihood, inputs, targets, message, label, row):
+    bad = (inputs(row) if callable(inputs) else inputs, targets(row))
+    usual = REAL if isinstance(likelihood, Gaussian) else LONG_Y
+    good = (LONG_X, (LONG_Y, WEIGHTS) if isinstance(likelihood, Weighted) else usual)
+    validate(make(likelihood=likelihood, train=good, test=good))
+    with pytest.raises(ArgumentError, match=f"(?s)Task 't': {label} .*{message.format(row=row)}"):
+        validate(make(likelihood=likelihood, **{"train": good, "test": good, label: bad}))
+
+
+def test_a_missing_target_of_weight_zero_is_allowed():
+    likelihood, missing = Weighted(Gaussian()), changed(REAL, 150, torch.nan)
+    good = (LONG_X, (missing, changed(WEIGHTS, 150, 0.0)))
+    validate(make(likelihood=likelihood, train=good, test=good))
+    with pytest.raises(ArgumentError, match="train targets have a NaN or infinite entry, first in row 150"):
+        validate(make(likelihood=likelihood, train=(LONG_X, (missing, WEIGHTS)), test=good))
+
+
+def test_an_overflowing_model_is_named():
+    with pytest.raises(ArgumentError, match="untrained model is"):
+        validate(make(likelihood=Gaussian(), train=(X * 1e30, REAL[:12]), test=(X, REAL[:12])))
 
 
 def test_a_tuple_of_inputs_becomes_arguments():

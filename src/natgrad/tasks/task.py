@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,6 +17,9 @@ Rows: TypeAlias = Tensor | tuple[Tensor, ...]
 Data: TypeAlias = tuple[Rows, Rows]
 """(inputs, targets). A tuple of inputs becomes the model's positional arguments; a tuple of targets is given to the
 likelihood as it is (a weighted likelihood takes targets with weights)."""
+
+_CHUNK = 4096  # rows looked at together
+_MISFITS = (NatgradError, RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,11 @@ def mean_kl(likelihood: Any, old: Tensor, new: Tensor, target: Rows) -> Tensor:
 
 
 def validate(task: Task) -> None:
-    """Runs the model on a few rows: one clear ArgumentError when model, likelihood, data and metric do not fit."""
+    """Runs the model on a few rows and looks at all data; the data stay as they are.
+
+    Raises ArgumentError when model, likelihood, data and metric do not fit together, when an input or a target is NaN
+    or infinite, and when a target is impossible under the likelihood.
+    """
     model = task.model(0)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"Task {task.name!r}: model(seed) must return a torch.nn.Module, got {_describe(model)}.")
@@ -150,16 +158,60 @@ def validate(task: Task) -> None:
                 loss = mean_nll(task.likelihood, output, take(targets, index))
                 if task.metric is not None:
                     task.metric.function(output, take(targets, index))
-        except (NatgradError, RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except _MISFITS as error:
             raise ArgumentError(
                 f"Task {task.name!r}: model, likelihood and {label} data do not fit together "
                 f"(inputs {_describe(inputs)}, targets {_describe(targets)}): {type(error).__name__}: {error}"
             ) from error
+        _check_finite(task.name, f"{label} inputs", inputs)
+        _check_targets(task, label, output, targets)
         if not torch.isfinite(loss):
             raise ArgumentError(
                 f"Task {task.name!r}: the {label} loss of the untrained model is {float(loss)} on the first rows. "
-                "Look for NaN or infinity in the data, or scale the inputs."
+                "All inputs and targets are finite, so the model's output is not, or is too large: scale the inputs."
             )
+
+
+def _check_finite(task: str, label: str, rows: Rows) -> None:
+    """ArgumentError naming the first row with a NaN or infinite entry."""
+    for start in range(0, row_count(rows, label), _CHUNK):
+        _raise_for_rows(task, label, start, _finite_rows(take(rows, slice(start, start + _CHUNK))))
+
+
+def _finite_rows(rows: Rows) -> Tensor:
+    """[rows] bool: no entry of the row is NaN or infinite; integers and booleans never are."""
+    tensors = rows if isinstance(rows, tuple) else (rows,)
+    return torch.stack([torch.isfinite(tensor).reshape(len(tensor), -1).all(1) for tensor in tensors]).all(0)
+
+
+def _raise_for_rows(task: str, label: str, start: int, good: Tensor) -> None:
+    if not bool(good.all()):
+        raise ArgumentError(
+            f"Task {task!r}: {label} have a NaN or infinite entry, first in row {start + int((~good).nonzero()[0])}. "
+            "Remove such rows or fill them in before training."
+        )
+
+
+def _check_targets(task: Task, label: str, output: Tensor, targets: Rows) -> None:
+    """Every target finite, unless a weight of zero masks it, and possible by the likelihood's own check.
+
+    ``output`` is that of a few rows; its first row stands in for the others, as its shape is what matters.
+    """
+    check = getattr(task.likelihood, "check_target", None)  # a user's own likelihood may lack it
+    count = row_count(targets, f"{label} targets")
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        some, stand_in = take(targets, slice(start, stop)), output[:1].expand(stop - start, *output.shape[1:])
+        good = _finite_rows(some)
+        if not bool(good.all()):
+            with contextlib.suppress(*_MISFITS):  # impossible besides: the rows stay as bad as they are
+                good |= _finite_rows(task.likelihood.nll(stand_in, some))
+        _raise_for_rows(task.name, f"{label} targets", start, good)
+        try:
+            if check is not None:
+                check(stand_in, some)
+        except _MISFITS as error:
+            raise ArgumentError(f"Task {task.name!r}: {label} targets, rows {start} to {stop - 1}: {error}") from error
 
 
 def _map(rows: Rows, device: torch.device | str) -> Rows:
