@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,24 @@ def test_a_user_s_task_from_the_current_folder(monkeypatch):
     assert Path("runs/my_cli_task-line/report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("open('no-such-file.csv')", "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file.csv'"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise KeyError", "KeyError"),
+    ],
+)
+def test_an_exception_in_the_user_s_function_is_one_line(monkeypatch, statement, reason):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"my_raising_task_{abs(hash(statement))}"
+    Path(f"{name}.py").write_text(f"def task():\n    {statement}\n")
+    result = run("compare", f"{name}:task", "--steps", "1")
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {name}:task failed at line 2 of {name}.py: {reason}\n"
+    assert "Traceback" not in result.output
+
+
 def test_failed_runs_are_shown_and_all_failed_is_exit_code_1(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("my_bad_task.py").write_text(
@@ -109,6 +129,12 @@ def test_failed_runs_are_shown_and_all_failed_is_exit_code_1(monkeypatch):
     assert result.exit_code == 1
     assert result.output.count("no training today") >= 2
     assert Path("runs/my_bad_task-task/comparison.json").is_file()
+
+
+@pytest.mark.parametrize(("optimizers", "radius"), [("sgd", False), ("sgd,kfac", True)])
+def test_a_radius_is_explained_where_there_is_one(optimizers, radius):
+    result = run("compare", "diabetes", "-o", optimizers, "--seeds", "1", "--steps", "2")
+    assert ("max_kl: radius of the trust region" in result.output) == radius
 
 
 def test_tuning_says_what_it_tried():
@@ -172,6 +198,23 @@ def test_as_a_program():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "report.html" in done.stdout
+
+
+@pytest.mark.parametrize("width", [90, 140])
+def test_table_says_how_many_seeds_reached_the_target(width):
+    run("compare", "diabetes", "-o", "sgd,adamw", "--seeds", "3", "--steps", "3")
+    found = Comparison.load("runs/diabetes/comparison.json")
+    first, second = found.summary
+    partly = replace(first, reached=2, steps_to_target=2.0, seconds_to_target=0.25)
+    never = replace(second, reached=1, steps_to_target=None, seconds_to_target=None)
+    for rows, counts in (((partly, never), ["2 of 3"] * 2), ((replace(partly, reached=3), never), [])):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(table(replace(found, summary=rows), width))
+        text = console.export_text()
+        assert re.findall(r"\((\d of \d)\)", text) == counts
+        assert "…" not in text and max(len(line) for line in text.splitlines()) <= width
+        if counts:
+            assert "2 (2 of 3)" in text and "0.25 (2 of 3)" in text
 
 
 @pytest.mark.parametrize("width", [72, 100, 140])

@@ -150,8 +150,23 @@ def test_weighted_loss_is_the_weighted_mean():
     with torch.no_grad():
         nll = nn.functional.binary_cross_entropy_with_logits(plain.model(0)(x), y, reduction="none")[:, 0]
     assert loss == pytest.approx(float((w * nll).sum() / w.sum()), rel=1e-5)
-    run, _ = train(plain, OPTIMIZERS["sgd"], 0.1, 0, Limit(steps=2))
-    assert run.failure is None and run.kl_measured[0] > 0
+    run, _ = train(plain, OPTIMIZERS["sgd"], 0.1, 0, Limit(steps=1))
+    # By hand: all rows are one batch, so the first loss is the weighted mean, and the first step of SGD follows its
+    # gradient; the KL that it made is weighted in the same way.
+    model = plain.model(0)
+    before = model(x)
+    nll = nn.functional.binary_cross_entropy_with_logits(before, y, reduction="none")[:, 0]
+    gradients = torch.autograd.grad((w * nll).sum() / w.sum(), list(model.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter -= 0.1 * gradient
+        old, new = (torch.distributions.Bernoulli(logits=logits.double()) for logits in (before, model(x)))
+        kl = torch.distributions.kl_divergence(old, new)[:, 0]
+    assert run.failure is None
+    assert run.train_loss[0] == pytest.approx(loss, rel=1e-5)
+    assert run.kl_measured[0] == pytest.approx(float((w * kl).sum() / w.sum()), rel=1e-3)
+    assert abs(float(kl.mean()) / run.kl_measured[0] - 1) > 0.01, "weights too even to tell"
+    assert abs(float(nll.detach().mean()) / loss - 1) > 0.01, "weights too even to tell"
 
 
 @pytest.mark.parametrize("rows", [5, 1500, 2048, 2049])

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.1  # seconds between updates of the display: drawing must not slow the training it shows
 # Columns left out: the first that lets the table fit, else the last.
-_DROPPED = ((), ("KL/update", "memory", "cost"), ("KL/update", "memory", "cost", "setting", "test loss"))
+_LEAST = ("KL/update", "memory", "cost")
+_DROPPED = ((), _LEAST, (*_LEAST, "test loss"), (*_LEAST, "test loss", "setting"))
 _PHASES = {"tune": "tuning", "measure": "memory of", "train": "training"}
 
 
@@ -107,7 +108,10 @@ def _table(comparison: Comparison, dropped: tuple[str, ...]) -> Table:
     cells = [_cells(row, comparison.knob_of(row.optimizer), comparison.task.metric) for row in rows]
     for name in cells[0]:
         if name not in dropped:
-            result.add_column(name, justify="right", min_width=max(len(row[name]) for row in cells))
+            # A fixed width, because rich shrinks the widest columns below their longest word before it wraps others.
+            lines = name.split("\n") if "\n" in name and dropped != _DROPPED[-1] else name.split()
+            texts = [*lines, *(row[name] for row in cells)]
+            result.add_column(name, justify="right", width=max(len(text) for text in texts))
     for row, values in zip(rows, cells, strict=True):
         result.add_row(row.optimizer, *(value for name, value in values.items() if name not in dropped))
     return result
@@ -123,6 +127,11 @@ def failures(comparison: Comparison) -> Iterator[str]:
 
 def _cells(row: SummaryRow, knob: str, metric: str) -> dict[str, str]:
     """Column name -> text."""
+
+    def share_arrived(median: float | None) -> str:
+        partly = median is not None and math.isfinite(median) and row.reached < row.runs
+        return f" ({row.reached} of {row.runs})" if partly else ""
+
     share = row.test_metric
     memory = row.peak_memory_bytes
     return {
@@ -135,8 +144,8 @@ def _cells(row: SummaryRow, knob: str, metric: str) -> dict[str, str]:
         "cost": "–" if row.cost_ratio is None else f"{row.cost_ratio:.1f}x",
         "KL/update": _number(row.kl_per_update, 2),
         "memory": "–" if memory is None else f"{memory / 1e6:.1f} MB",
-        "steps to target": _number(row.steps_to_target),
-        "seconds to target": _number(row.seconds_to_target, 3),
+        "steps to\ntarget": _number(row.steps_to_target) + share_arrived(row.steps_to_target),
+        "seconds to\ntarget": _number(row.seconds_to_target, 3) + share_arrived(row.seconds_to_target),
     }
 
 

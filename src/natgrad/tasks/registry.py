@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from natgrad.tasks.task import Task
 def load_task(name: str, data: str | Path | None = None) -> Task:
     """The task of that name; ``data`` is the folder that some tasks read their files from.
 
-    Raises ArgumentError for an unknown name, missing files, or a user's function that does not return a task.
+    Raises ArgumentError for an unknown name, missing files, or a user's function that fails or does not return a task.
     """
     if ":" in name:
         return load_user_task(name)
@@ -52,7 +53,12 @@ def load_user_task(reference: str) -> Task:
         raise ArgumentError(f"{reference} must be callable without arguments: {error}.") from error
     except ValueError:  # some built-in callables have no signature; calling tells
         pass
-    made = function()
+    try:
+        made = function()
+    except Exception as error:  # the user's code may raise anything
+        detail = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
+        raise ArgumentError(f"{reference} failed{_line_of(error)}: {reason}") from error
     if isinstance(made, Task):
         return made
     if not isinstance(made, tuple) or len(made) != 4:
@@ -70,6 +76,12 @@ def load_user_task(reference: str) -> Task:
             )
     description = (inspect.getdoc(function) or f"The task of {reference}.").split("\n\n")[0].replace("\n", " ")
     return Task(reference, description, _factory(reference, model), likelihood, train, test)
+
+
+def _line_of(error: BaseException) -> str:
+    """` at line 7 of file.py`, the innermost place in the traceback; empty when there is none below the caller."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    return f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
 
 
 def close_matches(name: str, known: Iterable[str]) -> str:
