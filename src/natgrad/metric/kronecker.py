@@ -10,7 +10,7 @@ acting on the row-major vector of ``[W | b]``, shape ``[out, in + 1]``:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -77,15 +77,20 @@ class Kronecker(Structure):
         generator: torch.Generator | None = None,
         bases: Bases | None = None,
     ) -> Moments:
+        return Moments(self._factor_moments(self._row_chunks(tape, factor, partition, generator), factor))
+
+    def _factor_moments(
+        self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor
+    ) -> dict[str, dict[str, Moment]]:
+        """Moments of every cell, summed over the chunks of columns."""
         values: dict[str, dict[str, Moment]] = {}
-        for rows in self._row_chunks(tape, factor, partition, generator):
+        for rows in chunks:
             for name, row in rows.items():
-                found = self._moments(row, factor, first="input" not in values.get(name, {}))
                 kinds = values.setdefault(name, {})
-                for kind, moment in found.items():
+                for kind, moment in self._moments(row, factor, first="input" not in kinds).items():
                     # The count is that of the batch, not of the chunk of columns.
                     kinds[kind] = Moment(kinds[kind].sum + moment.sum, moment.count) if kind in kinds else moment
-        return Moments(values)
+        return values
 
     def _row_chunks(self, tape: Tape, factor: Factor, partition: Partition, generator: torch.Generator | None):
         covered = [c for c in partition.cells if c.module is not None]
@@ -216,12 +221,7 @@ class EigenKronecker(Kronecker):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
-        values: dict[str, dict[str, Moment]] = {}
-        for rows in chunks:
-            for name, row in rows.items():
-                kinds = values.setdefault(name, {})
-                for kind, moment in self._moments(row, factor, first="input" not in kinds).items():
-                    kinds[kind] = Moment(kinds[kind].sum + moment.sum, moment.count) if kind in kinds else moment
+        values = self._factor_moments(chunks, factor)
         bases = dict(bases or {})
         for name, kinds in values.items():
             if "output" in kinds and name not in bases:
