@@ -74,24 +74,28 @@ def test_intervals_are_whole_numbers_of_at_least_one(values):
         Refresh(*values)
 
 
-def moment(total: float, count: float) -> Moment:
-    return Moment(torch.tensor([total], dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def moment(total: float, count: float | None = None) -> Moment:
+    return Moment(number(total), None if count is None else number(count))
 
 
 def test_moments_of_micro_batches_add_up():
-    first = Moments({"a": {"output": moment(3.0, 2.0)}, "b": {"diagonal": moment(1.0, 2.0)}})
-    second = Moments({"a": {"output": moment(9.0, 4.0), "input": moment(1.0, 1.0)}})
-    means = (first + second).means()
-    assert (
-        float(means["a"]["output"]) == 2.0
-        and float(means["a"]["input"]) == 1.0
-        and float(means["b"]["diagonal"]) == 0.5
+    """Counts of a moment's own stand for themselves; what one micro-batch did not reach counts as zero there."""
+    first = Moments(
+        {"a": {"output": moment(3.0), "input": moment(3.0, 1.0)}, "b": {"diagonal": moment(1.0)}}, number(2)
     )
+    second = Moments({"a": {"output": moment(9.0), "input": moment(1.0, 1.0)}, "c": {"input": moment(6, 3)}}, number(4))
+    means = (first + second).means()
+    assert float(means["a"]["output"]) == 2.0 and float(means["a"]["input"]) == 2.0
+    assert float(means["b"]["diagonal"]) == 1 / 6 and float(means["c"]["input"]) == 2.0
     assert float(first.means()["a"]["output"]) == 1.5  # the summands are left as they are
 
 
 def test_a_batch_without_weight_has_moments_of_zero_and_not_nan():
-    assert float(moment(0.0, 0.0).mean) == 0.0
+    assert float(moment(0.0).mean(number(0.0))) == 0.0
 
 
 def test_rows_of_micro_batches_are_stacked_and_missing_ones_are_zero():

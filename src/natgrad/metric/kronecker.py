@@ -22,7 +22,7 @@ from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, Lin
 from natgrad.linalg.products import gram
 from natgrad.linalg.psd import safe_eigh
 from natgrad.metric.estimate import Factor, random_signs
-from natgrad.metric.statistics import Bases, Moment, Moments
+from natgrad.metric.statistics import Bases, Basis, Moment, Moments
 from natgrad.metric.structure import Means, Structure
 from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, accumulation
 
@@ -77,7 +77,8 @@ class Kronecker(Structure):
         generator: torch.Generator | None = None,
         bases: Bases | None = None,
     ) -> Moments:
-        return Moments(self._factor_moments(self._row_chunks(tape, factor, partition, generator), factor))
+        chunks = self._row_chunks(tape, factor, partition, generator)
+        return Moments(self._factor_moments(chunks, factor), factor.normaliser)
 
     def _factor_moments(
         self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor
@@ -88,8 +89,7 @@ class Kronecker(Structure):
             for name, row in rows.items():
                 kinds = values.setdefault(name, {})
                 for kind, moment in self._moments(row, factor, first="input" not in kinds).items():
-                    # The count is that of the batch, not of the chunk of columns.
-                    kinds[kind] = Moment(kinds[kind].sum + moment.sum, moment.count) if kind in kinds else moment
+                    kinds[kind] = kinds[kind] + moment if kind in kinds else moment
         return values
 
     def _row_chunks(self, tape: Tape, factor: Factor, partition: Partition, generator: torch.Generator | None):
@@ -107,21 +107,20 @@ class Kronecker(Structure):
 
     def _moments(self, rows: Rows | Tensor, factor: Factor, first: bool) -> dict[str, Moment]:
         """Moments of one cell; ``first`` is false once the inputs, which all columns share, are counted."""
-        m = factor.normaliser
         if isinstance(rows, Tensor):
-            return {"diagonal": Moment(accumulation(rows).square().sum(0), m)}
+            return {"diagonal": Moment(accumulation(rows).square().sum(0))}
         if isinstance(rows, LinearRows):
             g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
             groups, out = g.shape[1], g.shape[-1]
             g = g.transpose(0, 1).reshape(groups, -1, out)
-            found = {"output": Moment(gram(g), m)}
+            found = {"output": Moment(gram(g))}
             return found | {"input": self._input_moment(rows, factor)} if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = g.flatten(0, 2)
-            found = {"output": Moment(gram(g), m)}
+            found = {"output": Moment(gram(g))}
             return found | {"input": self._token_moment(rows, factor)} if first else found
-        return {"diagonal": Moment(rows.squared_sum(), m)}
+        return {"diagonal": Moment(rows.squared_sum())}
 
     def _input_moment(self, rows: LinearRows, factor: Factor) -> Moment:
         """``Σ w a aᵀ`` over examples and positions."""
@@ -222,20 +221,18 @@ class EigenKronecker(Kronecker):
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
         values = self._factor_moments(chunks, factor)
-        bases = dict(bases or {})
+        bases, m = dict(bases or {}), factor.normaliser
         for name, kinds in values.items():
             if "output" in kinds and name not in bases:
-                bases[name] = _eigenbases(kinds["input"].mean, kinds["output"].mean)
+                bases[name] = _eigenbases(kinds["input"].mean(m), kinds["output"].mean(m))
         for rows in chunks:
             for name, row in rows.items():
                 if name in bases and isinstance(row, Rows):
                     squares = _squares_in_basis(row, bases[name])
                     kinds = values[name]
                     previous = kinds.get("eigenvalues")
-                    kinds["eigenvalues"] = Moment(
-                        squares if previous is None else previous.sum + squares, factor.normaliser
-                    )
-        return Moments(values, {name: bases[name] for name in bases if name in values})
+                    kinds["eigenvalues"] = Moment(squares if previous is None else previous.sum + squares)
+        return Moments(values, m, {name: bases[name] for name in bases if name in values})
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         out: dict[str, LinearOperator] = {}
@@ -248,30 +245,33 @@ class EigenKronecker(Kronecker):
         return out
 
     def renewed_bases(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
-        """New eigenbases from the averaged factors; averaged eigenvalues are carried over to them.
-
-        A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the
-        rotation between them; its trace stays what it was.
-        """
+        """New eigenbases from the averaged factors; averaged eigenvalues are carried over to them."""
         out: dict[str, Mapping[str, Tensor]] = {}
         new: Bases = {}
         for name, kinds in means.items():
             if "eigenvalues" not in kinds:
                 out[name] = kinds
                 continue
-            left, right = _eigenbases(kinds["input"], kinds["output"])
-            old_left, old_right = bases[name]
-            s = kinds["eigenvalues"]
-            if left is not None and old_left is not None:
-                s = (left.mT @ old_left).square() @ s
-            if right is not None and old_right is not None:
-                s = s @ (right.mT @ old_right).square().mT
-            out[name] = {**kinds, "eigenvalues": s}
-            new[name] = (left, right)
+            new[name] = _eigenbases(kinds["input"], kinds["output"])
+            out[name] = {**kinds, "eigenvalues": rotated_eigenvalues(kinds["eigenvalues"], bases[name], new[name])}
         return out, new
 
 
-def _eigenbases(inputs: Tensor, outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def rotated_eigenvalues(eigenvalues: Tensor, old: Basis, new: Basis) -> Tensor:
+    """Second moments ``s`` along the basis ``old``, carried over to the basis ``new``.
+
+    A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the
+    rotation between them; its trace stays what it was.
+    """
+    (old_left, old_right), (left, right) = old, new
+    if left is not None and old_left is not None:
+        eigenvalues = (left.mT @ old_left).square() @ eigenvalues
+    if right is not None and old_right is not None:
+        eigenvalues = eigenvalues @ (right.mT @ old_right).square().mT
+    return eigenvalues
+
+
+def _eigenbases(inputs: Tensor, outputs: Tensor) -> Basis:
     """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product."""
     output_basis = safe_eigh(outputs)[1]
     if inputs.dim() == 1:
@@ -282,7 +282,7 @@ def _eigenbases(inputs: Tensor, outputs: Tensor) -> tuple[Tensor | None, Tensor 
     return output_basis, input_basis
 
 
-def _squares_in_basis(rows: Rows, basis: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _squares_in_basis(rows: Rows, basis: Basis) -> Tensor:
     """``Σ_kn (U_leftᵀ r_kn U_right)²``, shape ``[*stack, p, q]``."""
     left, right = basis
     if isinstance(rows, LinearRows):

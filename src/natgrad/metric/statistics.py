@@ -11,23 +11,27 @@ from torch import Tensor
 from natgrad.linalg import LinearOperator
 from natgrad.network import DenseRows, Rows
 
-Bases = dict[str, tuple[Tensor | None, Tensor | None]]
-"""Eigenbases of the left and right Kronecker factor by block name; None stands for the identity."""
+Basis = tuple[Tensor | None, Tensor | None]
+"""Eigenbases of the left and right Kronecker factor; None stands for the identity."""
+
+Bases = dict[str, Basis]
+"""Eigenbases by block name."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A sum over examples and the count that turns it into a mean."""
+    """A sum over examples and the count that turns it into a mean; None stands for the batch's normaliser M."""
 
     sum: Tensor
-    count: Tensor
+    count: Tensor | None = None
 
     def __add__(self, other: Moment) -> Moment:
-        return Moment(self.sum + other.sum, self.count + other.count)
+        counts = [c for c in (self.count, other.count) if c is not None]
+        return Moment(self.sum + other.sum, counts[0] + counts[1] if len(counts) == 2 else None)
 
-    @property
-    def mean(self) -> Tensor:
-        return self.sum / self.count.clamp_min(torch.finfo(self.count.dtype).tiny)
+    def mean(self, normaliser: Tensor) -> Tensor:
+        count = normaliser if self.count is None else self.count
+        return self.sum / count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,15 @@ class Moments:
     """Means by block and by kind (``"matrix"``, ``"diagonal"``, ``"input"``, ``"output"``, ``"eigenvalues"``).
 
     Only these may be averaged over steps.
+
+    Args:
+        values: the moments. A block that no example of a micro-batch reached is missing there, and counts as zero.
+        normaliser: ``M`` of the batch, 0-d.
+        bases: eigenbases in which eigenvalues are given.
     """
 
     values: dict[str, dict[str, Moment]]
+    normaliser: Tensor
     bases: Bases = field(default_factory=dict)
 
     def __add__(self, other: Moments) -> Moments:
@@ -46,10 +56,12 @@ class Moments:
             mine = merged.setdefault(block, {})
             for kind, moment in kinds.items():
                 mine[kind] = mine[kind] + moment if kind in mine else moment
-        return Moments(merged, self.bases | other.bases)
+        return Moments(merged, self.normaliser + other.normaliser, self.bases | other.bases)
 
     def means(self) -> dict[str, dict[str, Tensor]]:
-        return {block: {kind: m.mean for kind, m in kinds.items()} for block, kinds in self.values.items()}
+        return {
+            block: {kind: m.mean(self.normaliser) for kind, m in kinds.items()} for block, kinds in self.values.items()
+        }
 
 
 class JacobianRoot(LinearOperator):

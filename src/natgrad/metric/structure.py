@@ -131,7 +131,7 @@ class Dense(Structure):
                 if r is not None:
                     product = r.mT @ r
                     sums[block.name] = sums[block.name] + product if block.name in sums else product
-        return Moments({name: {"matrix": Moment(s, factor.normaliser)} for name, s in sums.items()})
+        return Moments({name: {"matrix": Moment(s)} for name, s in sums.items()}, factor.normaliser)
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         return {name: DenseMatrix(kinds["matrix"], symmetric=True) for name, kinds in means.items()}
@@ -180,7 +180,7 @@ class Diagonal(Structure):
             for name, r in rows.items():
                 square = r.squared_sum()
                 sums[name] = sums[name] + square if name in sums else square
-        return Moments({name: {"diagonal": Moment(s, factor.normaliser)} for name, s in sums.items()})
+        return Moments({name: {"diagonal": Moment(s)} for name, s in sums.items()}, factor.normaliser)
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         return {name: DiagonalMatrix(kinds["diagonal"]) for name, kinds in means.items()}

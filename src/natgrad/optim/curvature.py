@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from natgrad.distributed import Replicas, computed_by_owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver
-from natgrad.metric import Bases, Euclidean, Metric, Moments, Statistics
+from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
 from natgrad.metric.running import Average
 from natgrad.network import Partition
 from natgrad.step import Damping
@@ -33,6 +34,7 @@ class Curvature:
         parameters: trainable parameters by name.
         state: the optimizer's per-parameter state.
         decay: weight of the past in the averages.
+        replicas: the processes that share the work.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Curvature:
         parameters: Mapping[str, nn.Parameter],
         state: MutableMapping[Any, Any],
         decay: float,
+        replicas: Replicas = Replicas(),
     ) -> None:
-        self.metric, self.partition, self.decay = metric, partition, decay
+        self.metric, self.partition, self.decay, self._replicas = metric, partition, decay, replicas
         self._slots: dict[str, Any] = {b.name: state[parameters[b.parameters[0]]] for b in partition.blocks}
         self.operators: dict[str, LinearOperator] = {}
         self.inverses: dict[str, LinearOperator] = {}
@@ -107,13 +110,13 @@ class Curvature:
         if self.metric.averaged:
             self._renew_bases()
         failed: dict[str, NatgradError] = {}
-        for name, operator in self.operators.items():
-            try:
-                self.inverses[name] = damping.inverse(operator, solver)
-            except (NotPositiveDefiniteError, NonFiniteError) as error:
-                if name not in self.inverses:
-                    raise
-                failed[name] = error
+        for name, found in self._inverted(damping, solver).items():
+            if not isinstance(found, NatgradError):
+                self.inverses[name] = found
+            elif name not in self.inverses or not isinstance(found, (NotPositiveDefiniteError, NonFiniteError)):
+                raise found
+            else:
+                failed[name] = found
         self.failures = self.failures + 1 if failed else 0
         if failed:
             first = next(iter(failed))
@@ -128,6 +131,40 @@ class Curvature:
         if self.metric.averaged:
             for name, inverse in self.inverses.items():
                 self._store_inverse(name, inverse)
+
+    def _inverted(self, damping: Damping, solver: Solver | None) -> dict[str, LinearOperator | NatgradError]:
+        """The inverse of each block, or why there is none; each by one process alone where it can be handed on."""
+
+        def inverse(name: str) -> LinearOperator | NatgradError:
+            try:
+                return damping.inverse(self.operators[name], solver)
+            except NatgradError as error:
+                return error
+
+        if self._replicas.size == 1 or not self.metric.averaged:
+            return {name: inverse(name) for name in self.operators}
+
+        def parts(name: str) -> tuple[str, dict[str, Tensor]] | NatgradError | None:
+            found = inverse(name)
+            if isinstance(found, NatgradError):
+                return found
+            matrix: Any = _matrix(found)
+            return (matrix.kind, matrix.tensors()) if _kept(found) else None
+
+        out: dict[str, LinearOperator | NatgradError] = {}
+        for name, found in computed_by_owners(self._replicas, self._costs(), parts).items():
+            if found is None:  # an iterative solve cannot be handed on
+                out[name] = inverse(name)
+            else:
+                out[name] = found if isinstance(found, NatgradError) else MATRICES[found[0]].from_tensors(found[1])
+        return out
+
+    def _costs(self) -> dict[str, float]:
+        """Cost of decomposing each block, in multiplications up to a constant: the cube of each square moment."""
+        costs = dict.fromkeys(self.operators, 0.0)
+        for name, kinds in self._means().items():
+            costs[name] += sum(t.numel() * t.shape[-1] for t in kinds.values() if t.dim() > 1)
+        return costs
 
     def _means(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -147,14 +184,20 @@ class Curvature:
         old = self.bases
         if not old:
             return
-        means, new = self.metric.renewed_bases(self._means(), old)
-        for name, basis in new.items():
-            slot = self._slots[name]
+        means, costs = self._means(), self._costs()
+
+        def renewed(name: str) -> tuple[Basis, Tensor]:
+            kinds, bases = self.metric.renewed_bases({name: means[name]}, {name: old[name]})
+            return bases[name], kinds[name]["eigenvalues"]
+
+        for name, found in computed_by_owners(self._replicas, {n: costs[n] for n in old}, renewed).items():
+            if isinstance(found, NatgradError):
+                raise found
+            basis, self._slots[name][_AVERAGE + "eigenvalues"] = found
             self._store_basis(name, basis)
-            slot[_AVERAGE + "eigenvalues"] = means[name]["eigenvalues"]
         self._rebuild()
 
-    def _store_basis(self, name: str, basis: tuple[Tensor | None, Tensor | None]) -> None:
+    def _store_basis(self, name: str, basis: Basis) -> None:
         for side, tensor in zip(("left", "right"), basis, strict=True):
             if tensor is not None:
                 self._slots[name][_BASIS + side] = tensor

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.distributed import Replicas
 from natgrad.likelihood import Likelihood
 from natgrad.metric import Metric
 from natgrad.network import Partition, Tape, trainable_parameters, unreached_parameters
@@ -58,6 +59,25 @@ class Examination:
     unreached: frozenset[str] = field(default_factory=frozenset)
     alone: bool = False
     stale: bool = False
+    _agreed: dict[str, Any] | None = None
+
+    def shared(self, replicas: Replicas) -> tuple[Examination, bool]:
+        """What the passes of all processes have shown together, and whether each had seen the same. A collective.
+
+        A parameter must be served by its layer's rule everywhere or nowhere; it counts as reached where any process
+        reached it.
+        """
+        if not any(replicas.any(self.state() != self._agreed)):
+            return self, True
+        found: list[dict[str, Any]] = replicas.gather(self.state())
+        served = [state["uncovered"] for state in found if state["uncovered"] is not None]
+        uncovered: dict[str, str] | None = {n: why for state in reversed(served) for n, why in state.items()}
+        uncovered = dict(sorted(uncovered.items())) if served else None
+        unreached = frozenset.intersection(*[frozenset(state["unreached"]) for state in found])
+        agreed = all((state["uncovered"] or {}).keys() == (uncovered or {}).keys() for state in found)
+        merged = Examination(uncovered, unreached, all(state["alone"] for state in found), self.stale or not agreed)
+        merged._agreed = merged.state()
+        return merged, agreed
 
     def possible(self, tape: Tape, output: Tensor) -> bool:
         """Whether this pass can be examined: the first one must be finite, for nothing can be told from NaN."""

@@ -90,6 +90,11 @@ class Observation:
             tape.output, self._own = None, False
 
 
+def unwrapped(output: Tensor) -> Tensor:
+    """What the network itself returned where a wrapper around it returned ``output``."""
+    return getattr(output, "_natgrad_inner", output)
+
+
 class _Hook:
     """A hook that holds its observer weakly, and serves no module but the observer's own.
 
@@ -103,12 +108,16 @@ class _Hook:
         if torch.compiler.is_compiling():
             return
         observer = None if self._observer is None else self._observer()
-        if observer is None or module is not observer.model:
+        if observer is None:
             return
-        if self._when == "before":
-            observer._start(module, args, kwargs)
-        else:
-            observer._finish(output)
+        if self._when == "wrapper":
+            if module is observer.wrapper:
+                observer._link(output)
+        elif module is observer.model:
+            if self._when == "before":
+                observer._start(module, args, kwargs)
+            else:
+                observer._finish(output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, self._when)
@@ -122,23 +131,28 @@ class Observer:
         model: the network.
         wants_tape: whether the next pass's layers are to be recorded.
         on_pass: called with each finished observation whose output is known, and with that output.
+        wrapper: a module around the network that may return other tensors than the network did; None without one.
     """
 
     model: nn.Module
     wants_tape: Callable[[], bool]
     on_pass: Callable[[Observation, Tensor], None]
+    wrapper: nn.Module | None = None
     observations: list[Observation] = field(default_factory=list)
     _recorder: Recorder | None = None
     _pass: Pass | None = None
     _depth: int = 0
     _forced: bool = False
     _paused: bool = False
+    _returned: Any = None
 
     def __post_init__(self) -> None:
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
             self.model.register_forward_hook(_Hook(self, "after"), with_kwargs=True, always_call=True),
         ]
+        if self.wrapper is not None:
+            self._handles.append(self.wrapper.register_forward_hook(_Hook(self, "wrapper"), with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -196,8 +210,19 @@ class Observer:
         observation = Observation(tape, observed, leaves)
         self.observations = [o for o in self.observations if o.alive]
         self.observations.append(observation)
+        if self.wrapper is not None:
+            self._returned = output
         if found is not None:
             self._complete(observation, found)
+
+    def _link(self, output: Any) -> None:
+        """Let the tensors that the wrapper returned lead to those that the network returned to it."""
+        returned, self._returned = self._returned, None
+        inner, outer = pytree.tree_leaves(returned), pytree.tree_leaves(output)
+        if returned is not None and len(inner) == len(outer):
+            for mine, given in zip(inner, outer, strict=True):
+                if isinstance(given, Tensor) and given is not mine:
+                    given._natgrad_inner = mine  # type: ignore[attr-defined]  # lives no longer than the user's tensor
 
     def _complete(self, observation: Observation, output: Tensor) -> None:
         if output.dim() and output.shape[0] == 0:
@@ -215,6 +240,7 @@ class Observer:
         Raises:
             StaleTapeError: no recorded pass produced it.
         """
+        output = unwrapped(output)
         for observation in reversed(self.observations):
             if observation.source is not None and observation.source() is output:
                 return observation
@@ -242,6 +268,7 @@ class Observer:
 
     def reached(self, output: Tensor) -> bool:
         """Whether a backward pass has already gone through ``output`` of a recorded pass."""
+        output = unwrapped(output)
         return any(o.reached and o.source is not None and o.source() is output for o in self.observations)
 
     def forget_reached(self) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed import Replicas, StatisticsSum
 from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotObservedError, UnsupportedError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
@@ -27,13 +29,13 @@ from natgrad.network import (
 from natgrad.optim.checks import check_arguments, parse_evaluation
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
-from natgrad.optim.observer import Observation, Observer
+from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
 from natgrad.step.local import largest, rejected
 
 Closure = Callable[[], Any]
-_GENERATOR, _NOTE = "generator", "natgrad"
+_NOTE = "natgrad"
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -99,19 +101,22 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh: Refresh = Refresh(),
         seed: int = 0,
     ) -> None:
-        parameters = check_arguments(model, likelihood, lr, momentum, weight_decay, average, search)
+        check_arguments(model, likelihood, lr, momentum, weight_decay, average, search)
         self.last: Step | None = None
         self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
         self._damping, self._decay, self._refresh = as_damping(damping), average, refresh
-        self._model = model
+        self._model, self._replicas = Replicas.of(model)
+        self._whole = StatisticsSum(self._replicas)
+        parameters = trainable_parameters(self._model)
         self._device = next(iter(parameters.values())).device
-        self._generator = torch.Generator(device=self._device).manual_seed(seed)
+        self._seed, self._generator = seed, torch.Generator(device=self._device)
         self._curvature: Curvature | None = None
         self._examination = Examination()
         self._steps = 0
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
-        self._observer = Observer(model, self._wants_tape, self._on_pass)
+        wrapper = model if model is not self._model else None
+        self._observer = Observer(self._model, self._wants_tape, self._on_pass, wrapper)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
         super().__init__(list(parameters.values()), defaults)
         self.param_groups[0][_NOTE] = ""
@@ -145,6 +150,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _take_statistics(self, observation: Observation, output: Tensor) -> None:
         self._likelihood.check_output(output)
+        if not any(o.statistics is not None for o in self._observer.observations):
+            self._reseed()
         with full_precision(self._device), observation.differentiating(output) as tape:
             observation.skipped = not self._examination.possible(tape, output)
             if observation.skipped:
@@ -159,6 +166,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
         observation.tape = None  # the layers' inputs are no longer needed
+
+    def _reseed(self) -> None:
+        """Start the sampled labels and signs of a step: they depend on nothing but seed, step and process."""
+        words = np.random.SeedSequence((self._seed, self._steps, self._replicas.rank)).generate_state(1)
+        self._generator.manual_seed(int(words[0]))
 
     def observe(self, output: Tensor, target: Target | None = None) -> None:
         """Say explicitly which output the loss is made of, between the forward pass and ``backward()``.
@@ -182,7 +194,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if observation.tape is not None and observation.statistics is None:
             ready = target is not None or not (self._metric.needs_target or self._likelihood.needs_target)
             if ready:
-                self._take_statistics(observation, output)
+                self._take_statistics(observation, unwrapped(output))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; passes whose gradients are thus discarded do not count for the next step either."""
@@ -206,7 +218,8 @@ class NaturalGradient(torch.optim.Optimizer):
             NotObservedError: curvature is needed and no training pass was observed.
         """
         loss, again, random = self._evaluate(closure)
-        gradients, observations = self._gradients(), self._take_observations()
+        observations = self._take_observations()
+        gradients = self._gradients()
         if not gradients or not self._ready(observations, gradients):
             return loss
         try:
@@ -233,7 +246,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
         A gradient that is not finite becomes zero.
         """
-        gradients, observations = self._gradients(), self._take_observations()
+        observations = self._take_observations()
+        gradients = self._gradients()
         if not gradients or not self._ready(observations, gradients):
             return
         try:
@@ -254,7 +268,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _take_observations(self) -> list[Observation]:
         self._unknown = self._observer.unknown
-        return self._observer.take()
+        observations = self._observer.take()
+        if self._replicas.size > 1 and self._statistics_due():
+            self._examination, agreed = self._examination.shared(self._replicas)
+            for observation in observations:  # seen with blocks that other processes do not have
+                observation.skipped = observation.skipped or not agreed
+        return observations
 
     def _evaluate(self, closure: Closure | None) -> tuple[Any, Closure | None, RandomState | None]:
         if closure is None:
@@ -314,11 +333,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
         """Whether a step can be taken: none for zero gradients without any observation, none where all is NaN."""
-        if observations and all(o.skipped for o in observations):
+        needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
+        skipped, absent = bool(observations) and all(o.skipped for o in observations), not observations
+        if needed:
+            skipped, absent = self._replicas.any(skipped, absent)
+        if skipped:
             self.last = _skipped(self._damping)
             return False
-        needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
-        if not needed or observations or (not self._metric.needs_observation and not self._needs_probe()):
+        if not needed or not absent or (not self._metric.needs_observation and not self._needs_probe()):
             return True
         if not any(bool(g.any()) for g in gradients.values()):
             return False
@@ -350,7 +372,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._changed = True
                 for observation in self._observer.observations:  # seen with other blocks
                     observation.skipped = observation.statistics is not None
-            self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay)
+            self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay, self._replicas)
             self._examination.stale = False
         return self._curvature
 
@@ -360,7 +382,8 @@ class NaturalGradient(torch.optim.Optimizer):
         else:
             curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
-            curvature.update(self._statistics(observations, curvature.partition), _all_finite(gradients))
+            statistics = self._statistics(observations, curvature.partition)
+            curvature.update(self._whole(statistics, curvature.bases), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._damping, self._solver)
@@ -368,6 +391,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
         total: Statistics | None = None
+        if self._metric.replayed:
+            self._reseed()
         for observation in observations:
             if observation.skipped:
                 continue
@@ -436,8 +461,10 @@ class NaturalGradient(torch.optim.Optimizer):
         probe = None
         if self._needs_probe():
             penalty = decay if self._search.needs_probe else 0.0
-            probe = ModelProbe(self._model, partition, self._likelihood, observations, again, random, penalty)
-            loss = probe.loss() if again is None else loss + probe.penalty()
+            probe = ModelProbe(
+                self._model, partition, self._likelihood, observations, again, random, penalty, self._replicas
+            )
+            loss = probe.loss() if again is None else probe.averaged(loss) + probe.penalty()
             if loss is None and self._damping.needs_loss:
                 raise NotObservedError(
                     f"{type(self._damping).__name__} follows the measured change of the loss, and the loss is not "
@@ -561,19 +588,16 @@ class NaturalGradient(torch.optim.Optimizer):
         return super().state_dict()
 
     def _note_state(self) -> None:
-        """Write what is not a tensor of a parameter where checkpoints look: a text in the group, and the generator."""
+        """Write what is not a tensor of a parameter where checkpoints look: as a text in the group."""
         self.param_groups[0][_NOTE] = json.dumps(
             {
                 "metric": repr(self._metric),
                 "steps": self._steps,
+                "seed": self._seed,
                 "damping": dict(self._damping.state()),
                 **self._examination.state(),
             }
         )
-        for p in self.param_groups[0]["params"]:
-            if p in self.state:
-                self.state[p][_GENERATOR] = self._generator.get_state()
-                return
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them.
@@ -592,11 +616,8 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(device=p.device if value.dim() else value.device, copy=True)
-        for slot in self.state.values():
-            if _GENERATOR in slot:
-                self._generator.set_state(slot[_GENERATOR].cpu())
         if own is not None:
-            self._steps, self._examination = own["steps"], Examination.restored(own)
+            self._steps, self._seed, self._examination = own["steps"], own["seed"], Examination.restored(own)
             self._damping = self._damping.restored(own["damping"])
         self._curvature = None
         if any("step" in s for s in self.state.values()) and (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed import Replicas
 from natgrad.likelihood import Likelihood
 from natgrad.network import BlockVector, Linearization, Partition, Pass, RandomState, trainable_parameters
 from natgrad.network.replay import random_state
@@ -28,6 +29,7 @@ class ModelProbe:
         closure: where given, evaluates the loss; returns ``(loss, output)``.
         random: state of the random streams before the closure first ran.
         decay: weight decay w; the loss then includes ½ w ‖θ‖².
+        replicas: the processes whose parts of the batch are measured together.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class ModelProbe:
     closure: Callable[[], tuple[Tensor, Tensor]] | None = None
     random: RandomState | None = None
     decay: float = 0.0
+    replicas: Replicas = Replicas()
 
     @torch.no_grad()
     def __call__(self, delta: BlockVector) -> Trial:
@@ -53,7 +56,8 @@ class ModelProbe:
             total = total + (old[..., 0].numel() if weights is None else weights.sum())
             if known:
                 loss = loss + self.likelihood.nll(new, observation.target).sum()  # type: ignore[arg-type]
-        return Trial(kl / total, loss / total + self.penalty(moved) if known else None)  # type: ignore[operator]
+        kl, loss, total = self._summed(kl, loss, total)
+        return Trial(kl / total, loss / total + self.penalty(moved) if known else None)
 
     def loss(self) -> Tensor | None:
         """Mean negative log-likelihood of the observed passes at the current parameters; None without targets."""
@@ -65,7 +69,12 @@ class ModelProbe:
             weights = self._weights(observation)
             loss = loss + self.likelihood.nll(observation.output.detach(), observation.target).sum()
             total = total + (observation.output[..., 0].numel() if weights is None else weights.sum())
-        return loss / total + self.penalty()  # type: ignore[operator,return-value]
+        loss, total = self._summed(loss, total)
+        return loss / total + self.penalty()
+
+    def averaged(self, loss: Tensor) -> Tensor:
+        """The mean over processes of a closure's loss: what their averaged gradients are the gradient of."""
+        return self.replicas.sum([loss])[0] / self.replicas.size
 
     def penalty(self, moved: Mapping[str, Tensor] | None = None) -> float | Tensor:
         """½ w ‖θ‖² with the parameters in ``moved`` in place of the present ones."""
@@ -88,8 +97,16 @@ class ModelProbe:
             products = [self.likelihood.unweighted.fisher_matvec(f, u) for u in pushed]
             entries = [self._sum((u * p).sum(-1), factors) for u in pushed for p in products]
             gram = gram + torch.stack(entries).reshape(len(pushed), len(pushed))
-        assert isinstance(gram, Tensor)
+        gram, total = self._summed(gram, total)
         return gram / total
+
+    def _summed(self, *values: float | Tensor) -> list[Tensor]:
+        """Sums over this process's part of the batch, added up over all processes."""
+        like = next(v for v in values if isinstance(v, Tensor))
+        tensors = [
+            torch.as_tensor(v, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device) for v in values
+        ]
+        return self.replicas.sum(tensors)
 
     def _moved(self, delta: BlockVector) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
@@ -127,7 +144,8 @@ class ModelProbe:
         weights = self._weights(observation)
         old = observation.output.detach()
         total: Any = old[..., 0].numel() if weights is None else weights.sum()
-        return Trial(self._sum(self.likelihood.kl(old, output), weights) / total, loss.detach() + self.penalty(moved))
+        kl, total = self._summed(self._sum(self.likelihood.kl(old, output), weights), total)
+        return Trial(kl / total, self.averaged(loss.detach()) + self.penalty(moved))
 
 
 def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
