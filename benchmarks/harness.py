@@ -21,6 +21,7 @@ Clock = Literal["wall", "cpu"]
 _RESAMPLES = 2000
 _MAX_REPEATS = 500
 _SLOW = 3.0
+_LEAST_FOR_INTERVAL = 3
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and the bootstrap interval that holds 95 % of its resampled values."""
+    """A median and the bootstrap interval that holds 95 % of its resampled values.
+
+    ``low`` and ``high`` are None where fewer than three timings are behind any part of it: too few to show a spread.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def measure(
@@ -190,6 +194,8 @@ def row_ratio(samples: Samples, row: Row, base: str, seed: int = 0) -> Interval:
     """
     parts = [(share, samples.ratios(name, base)) for name, share in row.shares.items()]
     value = sum(share * statistics.median(ratios) for share, ratios in parts)
+    if min(len(ratios) for _, ratios in parts) < _LEAST_FOR_INTERVAL:
+        return Interval(value, None, None)
     draw = random.Random(seed)
     resampled = sorted(
         sum(share * statistics.median(draw.choices(ratios, k=len(ratios))) for share, ratios in parts)

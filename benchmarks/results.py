@@ -164,7 +164,7 @@ def _cells(line: Line, bases: Sequence[str], memory: bool) -> list[str]:
     found = [line.label, f"{line.milliseconds:.3g}"]
     for base in bases:
         r = line.ratios[base]
-        found.append(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]")
+        found.append(f"{r.value:.2f} [–]" if r.low is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]")
     found += ["" if line.limit is None else f"{line.limit:.2f}", share]
     if memory:
         found.append("" if line.memory_ratio is None else f"{line.memory_ratio:.2f}")

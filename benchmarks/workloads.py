@@ -190,8 +190,8 @@ class Flops:
     """What the methods need at the least on one workload, as in the cost model of K-FAC and Gram (per step).
 
     For a layer with rows N, input n (bias included) and output m: forward, input gradient and weight gradient take
-    2Nmn each; the factors 2N(m² + n²), computed as full products; their inverses m³ + n³ by Cholesky; preconditioning
-    2mn(m + n).
+    2Nmn each; a tangent of the forward pass 4Nmn; the factors 2N(m² + n²), computed as full products; their inverses
+    m³ + n³ by Cholesky; preconditioning 2mn(m + n).
     """
 
     layers: tuple[Layer, ...]
@@ -213,6 +213,17 @@ class Flops:
     @property
     def gradient(self) -> float:
         return self.forward + self.inputs + self.weights
+
+    @property
+    def tangent(self) -> float:
+        """One tangent beside a forward pass: the input's tangent times the weights (the first layer's input has none),
+        and the input times the weights' tangent. Attention's own products have two factors as well."""
+        return sum(2.0 * q.rows * q.m * q.n * (1 if q.first else 2) for q in self.layers) + 2 * self.attention
+
+    @property
+    def fit(self) -> float:
+        """``QuadraticFit``: one forward pass with the tangents of two vectors, the direction and the last step."""
+        return self.forward + 2 * self.tangent
 
     @property
     def factors(self) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.cli import arguments
 from benchmarks.harness import Action, Plan, Row, Samples, measure, row_flops, row_ratio, row_seconds
-from benchmarks.results import render, result_of
+from benchmarks.results import Line, SuiteResult, render, result_of
 from benchmarks.suite import SUITES, Suite
 from benchmarks.workloads import Layer, autoencoder, flops_of, small_classifier, transformer
 
@@ -101,6 +101,18 @@ def test_either_clock_can_be_read() -> None:
     assert samples.processors() == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("timings", [1, 2, 3])
+def test_an_interval_takes_three_timings_of_every_part(timings: int) -> None:
+    times = {"base": dict.fromkeys(range(5), 1.0), "often": dict.fromkeys(range(5), 2.0)}
+    samples = Samples(times | {"seldom": {i: 3.0 + i for i in range(timings)}}, {})
+    found = row_ratio(samples, Row("mixed", {"often": 0.5, "seldom": 0.5}), "base")
+    assert found.value == pytest.approx(1 + 0.5 * (3 + (timings - 1) / 2))
+    assert ((found.low, found.high) == (None, None)) == (timings < 3)
+    line = Line("mixed", 1.0, {"base": found}, None, None, timings)
+    result = SuiteResult("W", "few timings", 1, 1.0, 0.0, 1.0, 1.0, (), (line,), {}, {}, {})
+    assert (f"{found.value:.2f} [–]" in render(result)) == (timings < 3)
+
+
 def test_rows_are_weighted_sums_and_ratios_are_taken_within_blocks() -> None:
     # The machine is twice as slow in every second block; within a block b is 3 times a and c 10 times a.
     drift = [1.0, 2.0, 1.0, 2.0, 1.0]
@@ -130,6 +142,26 @@ def test_operations_of_the_gradient_are_what_torch_counts() -> None:
     biases = sum(2 * 2 * 8 * q.m for q in workload.layers)  # our n counts the bias as an input, forward and for weights
     hidden = sum(2 * 8 * q.m for q in workload.layers if not q.first)
     assert flops_of(workload).gradient - biases - hidden == pytest.approx(counter.get_total_flops())
+
+
+def test_operations_of_the_fit_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    workload = autoencoder(width=10, batch=8)
+    model = workload.model()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    vectors = {name: torch.randn(2, *p.shape) for name, p in parameters.items()}
+
+    def push(tangent: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        run = lambda p: torch.func.functional_call(model, p, (workload.x,))  # noqa: E731
+        return torch.func.jvp(run, (parameters,), (tangent,))
+
+    with FlopCounterMode(display=False) as counter:
+        torch.vmap(push, out_dims=(None, 0))(vectors)
+    biases = sum(2 * 8 * q.m * (3 if q.first else 5) for q in workload.layers)
+    first = workload.layers[0]
+    needless = 2 * 8 * (first.n - 1) * first.m  # torch multiplies the zero tangent of the model's input as well
+    assert flops_of(workload).fit - biases == counter.get_total_flops() - needless
 
 
 def test_layers_of_the_transformer() -> None:
@@ -213,7 +245,7 @@ def test_a_whole_result_is_consistent(make: Callable[..., c.Measured]) -> None:
     flops = flops_of(workload)
     assert kfac.limit is not None and kfac.gemm_share is not None
     assert kfac.limit == pytest.approx(
-        1 + (flops.inputs + flops.factors + flops.inverses / 10 + flops.precondition) / flops.gradient
+        1 + (flops.inputs + flops.factors + flops.inverses / 10 + flops.precondition + flops.fit) / flops.gradient
     )
     assert kfac.gemm_share == pytest.approx(
         kfac.limit * flops.gradient / (kfac.milliseconds / 1e3 * result.gflops * 1e9)
