@@ -683,6 +683,23 @@ def test_pitfall_24_a_vanishing_weight_is_no_weight(structure):
     assert_close(matrix(p.model, likelihood, p.x, (p.y, tiny), structure=structure), none, 1e-6)
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_pitfall_24_class_weights_act_on_the_inputs_of_soft_targets_too(soft):
+    """Inputs of predictions without weight, however large, leave K-FAC's factors of a linear model alone."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3).double(), torch.randn(8, 3).double()
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 2, 2])
+    x[y == 2] *= 100
+    target = F.one_hot(y, 3).double() if soft else y
+    likelihood = ng.Weighted(ng.Categorical(), class_weights=torch.tensor([1.0, 2.0, 0.0]).double())
+    options = {"estimate": ng.Exact(), "structure": ng.Kronecker()}
+    kept = y != 2
+    expected = matrix(model, likelihood, x[kept], target[kept], **options)
+    found = matrix(model, likelihood, x, target, **options)
+    scale = float(expected.trace() / found.trace())  # the mean of soft targets is over all predictions
+    assert_close(found * scale, expected, 1e-12)
+
+
 def test_pitfall_25_label_smoothing_changes_the_empirical_matrix_only():
     p = problem("mlp", "categorical")
     smooth = ng.Weighted(ng.Categorical(), label_smoothing=0.3)

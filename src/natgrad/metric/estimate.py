@@ -31,7 +31,7 @@ class Factor:
         separate: the positions of one row must not share a column: each column stands for as many columns as there
             are positions, each zero at all positions but one.
         normaliser: ``M``, the number of predictions or the sum of their weights (0-d tensor).
-        weights: weights of the predictions, ``[N, *positions]``; None where all are one.
+        weights: factors of the predictions' Λ, ``[N, *positions]``; None where all are one.
     """
 
     columns: Tensor
@@ -97,14 +97,13 @@ class Estimate(ABC):
         # Labels cannot be sampled from NaN; columns of NaN make sure that what comes of it is left out of averages.
         finite = torch.isfinite(f).all()
         f = torch.where(finite, f, 0.0)
-        weights, curvature, normaliser = self.weighting(likelihood, f, y)
+        _, curvature, normaliser = self.weighting(likelihood, f, y)
         columns, separate = self.columns(likelihood, f, y, generator)
         columns = columns * torch.where(finite, 1.0, torch.nan).to(columns.dtype)
         if curvature is not None:
-            columns = self.weighted(columns, curvature.to(columns.dtype)[..., None])
-        if weights is not None:
-            weights = weights.to(columns.dtype)
-        return Factor(columns, separate, normaliser.to(columns.dtype), weights)
+            curvature = curvature.to(columns.dtype)
+            columns = self.weighted(columns, curvature[..., None])
+        return Factor(columns, separate, normaliser.to(columns.dtype), curvature)
 
     def weighting(
         self, likelihood: Likelihood, f: Tensor, y: Target | None
