@@ -60,9 +60,8 @@ SUITES: dict[str, Suite] = {
     ),
     "W2": Suite(
         "W2", transformer, lambda: transformer(tokens=1024, length=128, width=64, depth=2),
-        (*_LARGE[:3], "kfac-reduce", *_LARGE[3:]), (80, 9), (c.operations,),
+        (*_LARGE[:3], "kfac-reduce", *_LARGE[3:]), (150, 9), (c.operations,),
         memory=(c.SGD, c.ADAMW, "kfac", "ekfac", "gram", "hessian-free"),
-        least=2,
     ),
 }  # fmt: skip
 
