@@ -48,4 +48,7 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo 'Installing natgrad and its development tools into .venv ...'
 	@$(PIP) --editable '.[dev]'
+	@# A dependency of curvlinops brings PyPI's torchvision. Beside a CPU build of torch it cannot be imported, and then
+	@# transformers cannot either; nothing here uses it.
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -qqy torchvision
 	@touch $@ .venv/.installed-run
