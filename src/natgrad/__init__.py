@@ -4,6 +4,7 @@ from natgrad import linalg
 from natgrad.diagnostics import audit
 from natgrad.governance import KLBudget, Ledger
 from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
+from natgrad.linalg import SaddleFree
 from natgrad.metric import (
     BlockDiagonal,
     Dense,
@@ -92,6 +93,7 @@ __all__ = [
     "Proportional",
     "QuadraticFit",
     "Refresh",
+    "SaddleFree",
     "Signed",
     "TrustRegion",
     "TrustRegionNGD",

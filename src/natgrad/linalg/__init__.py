@@ -23,6 +23,7 @@ from natgrad.linalg.low_rank import DiagonalPlusLowRank, LowRankMatrix, Woodbury
 from natgrad.linalg.matrices import MATRICES
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
 from natgrad.linalg.psd import damping_floor, safe_cholesky, safe_eigh, symmetrise, working_dtype
+from natgrad.linalg.saddle_free import SaddleFree
 from natgrad.linalg.solvers import CG, LU, Cholesky, Eigh, NewtonSchulz, Solver, Woodbury
 from natgrad.linalg.stochastic import (
     SpectralDensity,
@@ -57,6 +58,7 @@ __all__ = [
     "LowRankMatrix",
     "NewtonSchulz",
     "ProductOperator",
+    "SaddleFree",
     "ScaledOperator",
     "SolveReport",
     "Solver",

@@ -38,7 +38,7 @@ class Cholesky:
         structured = operator._structured_inverse(damping, self)
         if structured is not None:
             return structured
-        factor, jitter = safe_cholesky(_dense(operator, "Cholesky"), damping)
+        factor, jitter = safe_cholesky(dense_symmetric(operator, "Cholesky"), damping)
         return Inverse(CholeskyInverse(factor), SolveReport("cholesky", jitter=jitter))
 
 
@@ -62,7 +62,7 @@ class Eigh:
             structured = operator._structured_inverse(damping, self)
             if structured is not None:
                 return structured
-        values, basis = safe_eigh(_dense(operator, "Eigh"))
+        values, basis = safe_eigh(dense_symmetric(operator, "Eigh"))
         if self.floor is None:
             return EigenMatrix(basis, values).inverse(damping=damping)
         damped = values + damping
@@ -180,13 +180,13 @@ class NewtonSchulz:
 
     def __call__(self, operator: LinearOperator, damping: float | Tensor = 0.0) -> Inverse:
         damping = check_damping(damping)
-        dense = _dense(operator, "NewtonSchulz")
+        dense = dense_symmetric(operator, "NewtonSchulz")
         matrix = add_diagonal(dense.to(working_dtype(dense.dtype)), damping)
         inverse, report = newton_schulz_inverse(matrix, tolerance=self.tolerance, max_iterations=self.max_iterations)
         return Inverse(DenseMatrix(inverse, symmetric=True), report)
 
 
-def _dense(operator: LinearOperator, method: str) -> Tensor:
+def dense_symmetric(operator: LinearOperator, method: str) -> Tensor:
     """The dense matrix of a symmetric operator of bearable size."""
     if not operator.symmetric:
         raise ArgumentError(f"{method} needs a symmetric operator, but {operator!r} is not. Use LU().")
