@@ -1,6 +1,7 @@
 """natgrad: natural gradient descent for PyTorch."""
 
 from natgrad import linalg
+from natgrad.checkpoint import load, save
 from natgrad.diagnostics import audit
 from natgrad.governance import KLBudget, Ledger
 from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
@@ -102,5 +103,7 @@ __all__ = [
     "fisher",
     "hessian",
     "linalg",
+    "load",
     "natural_gradient",
+    "save",
 ]

@@ -49,3 +49,7 @@ class BudgetError(NatgradError, RuntimeError):
 
 class MissingExtraError(NatgradError, ImportError):
     """A feature needs an optional dependency; the message names the extra to install."""
+
+
+class SnapshotError(NatgradError, RuntimeError):
+    """A snapshot cannot be written, is damaged or missing, or does not fit what it is to be loaded into."""
