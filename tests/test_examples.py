@@ -58,7 +58,7 @@ def test_the_paths_of_the_picture_coincide_for_natural_gradient_only(tmp_path):
 
 def test_examples_are_short_and_all_of_them_are_tested():
     programs = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
-    here = Path(__file__).read_text()
+    here = "".join(path.read_text() for path in [Path(__file__), *(Path(__file__).parent / "trainers").glob("*.py")])
     for name, text in programs.items():
         assert len(text.splitlines()) <= 80, name
         assert f'load("{name}")' in here, f"no test runs examples/{name}.py"
