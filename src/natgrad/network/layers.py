@@ -153,9 +153,11 @@ class NormRule(LayerRule):
             return F.rms_norm(x, module.normalized_shape, eps=module.eps), None
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, eps=module.eps), 1
-        batch_statistics = module.training or module.running_mean is None
-        mean, var = (None, None) if batch_statistics else (module.running_mean, module.running_var)
-        return F.batch_norm(x, mean, var, training=batch_statistics, momentum=0.0, eps=module.eps), 1
+        if module.training or module.running_mean is None:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps), 1
+        # x comes in the precision of statistics, and torch takes no bfloat16 averages beside it.
+        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+        return F.batch_norm(x, mean, var, eps=module.eps), 1
 
 
 _LINEAR, _CONV, _EMBEDDING, _NORM = LinearRule(), ConvRule(), EmbeddingRule(), NormRule()
