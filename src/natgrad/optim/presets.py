@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from natgrad.likelihood import Likelihood
-from natgrad.linalg import CG, Solver
+from natgrad.linalg import CG, SaddleFree, Solver
 from natgrad.metric import (
     BlockDiagonal,
     Dense,
@@ -30,7 +30,6 @@ from natgrad.step import (
     Damping,
     FactoredTikhonov,
     KLClip,
-    LearningRate,
     LevenbergMarquardt,
     QuadraticFit,
     Search,
@@ -269,12 +268,30 @@ class GaussNewton(NaturalGradient):
 
 
 class Newton(NaturalGradient):
-    """Damped Newton's method: the Hessian of the observed batch, which may be indefinite where the Fisher is not.
+    """Newton's method with the Hessian H of the observed batch, which may be indefinite where the Fisher is not.
 
-    Needs the labels: a closure that returns ``(loss, output, target)``, or ``observe(output, target)``. Where
-    ``H + λI`` is not positive definite the step is an error that says so; raise the damping, or use the Fisher.
+    What is done about negative curvature is the solver's choice:
 
-    See :class:`NaturalGradient` for the arguments.
+    * ``SaddleFree()``, the default: the direction is ``(|H| + λI)⁻¹ g``, with the magnitudes of H's eigenvalues
+      (Dauphin et al. 2014). It always descends, and leaves saddle points. Where H is positive definite it is Newton's,
+      so that near such a minimum ``lr=1`` and ``damping=0`` converge quadratically.
+    * ``None``, or a solver such as ``natgrad.linalg.Cholesky()``: the direction is ``(H + λI)⁻¹ g``, and where that
+      matrix is not positive definite the step is an error that says so. Raise the damping, or use the Fisher.
+
+    H says nothing about how far a step may go: where its eigenvalues nearly vanish a full step is too long, whatever
+    their signs. By default the step is shortened until the measured KL is at most 0.1 and the loss falls;
+    ``search=LearningRate()`` takes it as it is.
+
+    Needs the labels: a closure that returns ``(loss, output, target)``, or ``observe(output, target)``; weights of a
+    ``Weighted`` likelihood count in H as they do in its loss. With ``maximize`` the default is Newton's ascent, too,
+    since |−H| = |H|; the other solvers then climb in the metric H + λI, which is not Newton's.
+
+    Args:
+        structure: ``Dense()``, ``BlockDiagonal()``, ``Diagonal()``, or ``MatrixFree()``, with which ``SaddleFree``
+            works in a Krylov space of its ``steps`` dimensions.
+
+    See :class:`NaturalGradient` for the other arguments, and :func:`natgrad.diagnostics.indefiniteness` for a report on
+    where H fails.
     """
 
     def __init__(
@@ -286,8 +303,8 @@ class Newton(NaturalGradient):
         damping: float | Damping = 1e-3,
         weight_decay: float = 0.0,
         structure: Structure = Dense(),
-        solver: Solver | None = None,
-        search: Search = LearningRate(),
+        solver: Solver | None = SaddleFree(),
+        search: Search = TrustRegion(0.1),
         seed: int = 0,
     ) -> None:
         super().__init__(
