@@ -26,7 +26,6 @@ CONSTRUCTIONS = {
     "momentum of one": (lambda: ng.NGD(make(), ng.Categorical(), momentum=1.0), "momentum=1.0"),
     "negative decay": (lambda: ng.NGD(make(), ng.Categorical(), weight_decay=-1.0), "weight_decay=-1.0"),
     "average above one": (lambda: ng.KFAC(make(), ng.Categorical(), average=1.5), "average=1.5"),
-    "parameters for a model": (lambda: ng.KFAC(list(make().parameters()), ng.Categorical()), "Module itself"),
     "a loss module": (lambda: ng.KFAC(make(), nn.CrossEntropyLoss()), r"ng.Categorical\(\)"),
     "a loss function": (lambda: ng.KFAC(make(), F.cross_entropy), r"ng.Categorical\(\)"),
     "nothing to train": (lambda: ng.KFAC(make().requires_grad_(False), ng.Categorical()), "requires a gradient"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from natgrad.metric.structure import Gram, Structure
 from natgrad.network import (
     Block,
     Cell,
+    EmptyTape,
     Linearization,
     Partition,
     Pass,
@@ -73,9 +74,31 @@ class Metric(ABC):
     def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
         """Group cells into the blocks of the metric."""
 
-    def partition(self, model: nn.Module, uncovered: Mapping[str, str] | None = None) -> Partition:
-        """Divide the model's trainable parameters into the metric's blocks."""
-        return Partition(self.blocks(cells(model, uncovered)), tuple(trainable_parameters(model)))
+    def partition(
+        self,
+        model: nn.Module,
+        uncovered: Mapping[str, str] | None = None,
+        divisions: Sequence[Collection[str]] | None = None,
+    ) -> Partition:
+        """Divide the model's trainable parameters into the metric's blocks.
+
+        Args:
+            model: the network.
+            uncovered: parameters that no layer rule may serve, with the reason.
+            divisions: names of parameters between which no block is shared; None: all trainable ones together.
+        """
+        order = tuple(trainable_parameters(model))
+        if divisions is None:
+            return Partition(self.blocks(cells(model, uncovered)), order)
+        blocks: dict[str, Block] = {}
+        for names in divisions:
+            for block in self.blocks(cells(model, uncovered, names)):
+                name = block.name
+                while name in blocks:  # two whole matrices
+                    name += "'"
+                blocks[name] = Block(name, block.cells)
+        members = frozenset().union(*divisions)
+        return Partition(tuple(blocks.values()), tuple(n for n in order if n in members))
 
     def statistics(
         self,
@@ -88,6 +111,10 @@ class Metric(ABC):
         bases: Bases | None = None,
     ) -> Statistics:
         """What is kept of an observed pass."""
+        raise NotImplementedError
+
+    def no_statistics(self, model: nn.Module, partition: Partition) -> Statistics:
+        """The statistics of a batch without examples: zeros of the shapes that those of every batch have."""
         raise NotImplementedError
 
     def products(
@@ -190,6 +217,11 @@ class Fisher(Metric):
         factor = self.estimate.factor(likelihood, tape.output, target, generator)
         return self.structure.statistics(tape, factor, partition, generator=generator, bases=bases)
 
+    def no_statistics(self, model: nn.Module, partition: Partition) -> Statistics:
+        like = next(model.parameters()).detach()
+        like = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+        return self.structure.statistics(EmptyTape(model), Factor(like.expand(1, 0, 1), False, like, None), partition)
+
     def products(
         self,
         observed: Pass,
@@ -202,7 +234,7 @@ class Fisher(Metric):
         linearization = Linearization(observed)
         f = linearization.output.detach()
         likelihood.check_output(f)
-        (block,) = partition.blocks
+        whole = Block("*", partition.cells)
         if isinstance(self.estimate, Exact):
             _, weights, normaliser = self.estimate.weighting(likelihood, f, target)
             inner = likelihood.unweighted
@@ -211,19 +243,19 @@ class Fisher(Metric):
                 product = inner.fisher_matvec(f, u)
                 return product if weights is None else product * weights[..., None]
 
-            operator = _products(block, linearization, through_fisher)
+            operator = _products(whole, linearization, through_fisher)
         else:
             factor = self.estimate.factor(likelihood, f, target, generator)
             normaliser = factor.normaliser
-            operator = _products(block, linearization, lambda u: _through_columns(factor, u))
+            operator = _products(whole, linearization, lambda u: _through_columns(factor, u))
         return ProductStatistics((operator,), normaliser)
 
     def operators(self, partition: Partition, statistics: Statistics | None) -> dict[str, LinearOperator]:
         if isinstance(statistics, ProductStatistics):
-            return {partition.blocks[0].name: mean_operator(statistics)}
+            return block_operators(partition, mean_operator(statistics))
         if isinstance(statistics, RowStatistics):
             assert isinstance(self.structure, Gram)
-            return self.structure.row_operators(partition, statistics)
+            return zero_where_missing(partition, self.structure.row_operators(partition, statistics))
         assert isinstance(statistics, Moments)
         return self.moment_operators(partition, statistics.means(), statistics.bases)
 
@@ -267,6 +299,23 @@ def parameter_function(block: Block, product, like: Tensor) -> FunctionOperator:
 
     dtype = torch.promote_types(like.dtype, torch.float32)
     return FunctionOperator(matvec, (block.size, block.size), dtype, like.device)
+
+
+def block_operators(partition: Partition, whole: LinearOperator) -> dict[str, LinearOperator]:
+    """The diagonal blocks of an operator that acts on all cells of the partition at once."""
+    if len(partition.blocks) == 1:
+        return {partition.blocks[0].name: whole}
+    out: dict[str, LinearOperator] = {}
+    start = 0
+    for block in partition.blocks:
+        after = whole.shape[0] - start - block.size
+
+        def product(v: Tensor, start: int = start, size: int = block.size, after: int = after) -> Tensor:
+            return whole.matvec(torch.nn.functional.pad(v, (start, after)))[..., start : start + size]
+
+        out[block.name] = FunctionOperator(product, (block.size, block.size), whole.dtype, whole.device)
+        start += block.size
+    return out
 
 
 def mean_operator(statistics: ProductStatistics) -> LinearOperator:

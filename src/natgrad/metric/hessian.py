@@ -11,7 +11,7 @@ from natgrad.errors import NotObservedError, UnsupportedError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import DenseMatrix, DiagonalMatrix, IdentityMatrix, LinearOperator
-from natgrad.metric.fisher import Metric, mean_operator, parameter_function
+from natgrad.metric.fisher import Metric, block_operators, mean_operator, parameter_function
 from natgrad.metric.statistics import ProductStatistics, Statistics
 from natgrad.metric.structure import Dense, Diagonal, MatrixFree, Structure
 from natgrad.network import Block, Cell, HessianProducts, Partition, Pass
@@ -84,7 +84,7 @@ class Hessian(Metric):
         assert isinstance(statistics, ProductStatistics)
         whole = mean_operator(statistics)
         if isinstance(self.structure, MatrixFree):
-            return {"*": whole}
+            return block_operators(partition, whole)
         out: dict[str, LinearOperator] = {}
         start = 0
         for block in partition.blocks:

@@ -213,11 +213,14 @@ class Gram(Structure):
         return RowStatistics(tape.rows(partition.cells, columns), factor.normaliser)
 
     def row_operators(self, partition: Partition, statistics: RowStatistics) -> dict[str, LinearOperator]:
-        """The operator of the one block, from the batch's rows."""
-        (block,) = partition.blocks
-        rows = tuple(statistics.rows.get(cell.name) for cell in block.cells)
-        root = JacobianRoot(rows, [cell.size for cell in block.cells], statistics.normaliser)
-        return {block.name: LowRankMatrix(root)}
+        """The operator of each block that took part, from the batch's rows."""
+        out: dict[str, LinearOperator] = {}
+        for block in partition.blocks:
+            rows = tuple(statistics.rows.get(cell.name) for cell in block.cells)
+            if any(r is not None for r in rows):
+                root = JacobianRoot(rows, [cell.size for cell in block.cells], statistics.normaliser)
+                out[block.name] = LowRankMatrix(root)
+        return out
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
 
 from natgrad.network.coverage import misaligned_parameters, uncovered_parameters, unreached_parameters
+from natgrad.network.empty import EmptyTape
 from natgrad.network.layers import (
     RULES,
     ConvRule,
@@ -40,6 +41,7 @@ __all__ = [
     "DenseRows",
     "EmbeddingRows",
     "EmbeddingRule",
+    "EmptyTape",
     "HessianProducts",
     "LayerRule",
     "LinearRows",

@@ -7,7 +7,7 @@ curvature is treated jointly: one cell for K-FAC, all cells for the dense Fisher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -158,19 +158,23 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def cells(model: nn.Module, uncovered: Mapping[str, str] | None = None) -> tuple[Cell, ...]:
+def cells(
+    model: nn.Module, uncovered: Mapping[str, str] | None = None, names: Collection[str] | None = None
+) -> tuple[Cell, ...]:
     """Divide the trainable parameters of ``model`` into cells.
 
     Args:
         model: the network.
         uncovered: parameters that must not be given to a layer rule, with the reason (what a check of a real forward
             pass found, see :func:`natgrad.network.coverage.uncovered_parameters`).
+        names: the parameters to divide; None for all.
 
     Returns:
         One cell per supported layer with trainable parameters, then one per remaining parameter, in model order.
     """
     uncovered = dict(uncovered or {})
-    canonical = {id(p): name for name, p in trainable_parameters(model).items()}
+    trainable = trainable_parameters(model)
+    canonical = {id(p): n for n, p in trainable.items() if names is None or n in names}
     owners: dict[str, set[str]] = {name: set() for name in canonical.values()}
     for module_name, module in model.named_modules():
         for p in module._parameters.values():
@@ -183,17 +187,20 @@ def cells(model: nn.Module, uncovered: Mapping[str, str] | None = None) -> tuple
         if rule is None:
             continue
         own = {n: canonical[id(p)] for n, p in module._parameters.items() if p is not None and id(p) in canonical}
-        names = tuple(n for n in rule.parameters(module) if n in own)
-        qualified = tuple(own[n] for n in names)
+        local = tuple(n for n in rule.parameters(module) if n in own)
+        qualified = tuple(own[n] for n in local)
         shared = [q for q in qualified if len(owners[q]) > 1]
         for q in shared:
             uncovered.setdefault(q, "shared by " + " and ".join(sorted(n or "the root" for n in owners[q])))
-        if not names or any(q in uncovered for q in qualified):
+        if not local or any(q in uncovered for q in qualified):
             for q in qualified:
                 uncovered.setdefault(q, f"another parameter of {module_name} is not covered")
             continue
-        shapes = tuple(module._parameters[n].shape for n in names)  # type: ignore[union-attr]
-        found.append(Cell(module_name or "model", qualified, shapes, module_name, names, _groups(rule, module)))
+        shapes = tuple(module._parameters[n].shape for n in local)  # type: ignore[union-attr]
+        whole = sum(any(p is q for q in trainable.values()) for p in module._parameters.values()) == len(local)
+        # A layer of which only a part belongs here shares its name with the other part.
+        name = (module_name or "model") if whole else qualified[0]
+        found.append(Cell(name, qualified, shapes, module_name, local, _groups(rule, module)))
         taken.update(qualified)
     positions = {name: i for i, name in enumerate(canonical.values())}
     parameters = dict(model.named_parameters())

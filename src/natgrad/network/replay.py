@@ -161,8 +161,8 @@ class Linearization:
             self._pulled = _differentiable_gradients(self.output, self.parameters.values(), self._cotangent)
 
     def jvp(self, v: Mapping[str, Tensor]) -> Tensor:
-        """``J v`` of the output's shape, for a tensor per parameter name."""
-        pairs = [(g, v[n]) for g, n in zip(self._pulled, self.parameters, strict=True) if g is not None]
+        """``J v`` of the output's shape, for a tensor per parameter name; a missing one counts as zero."""
+        pairs = [(g, v[n]) for g, n in zip(self._pulled, self.parameters, strict=True) if g is not None and n in v]
         pairs = [(g, t.to(g.dtype)) for g, t in pairs if g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.output)
@@ -186,8 +186,8 @@ class HessianProducts:
             self._gradient = _differentiable_gradients(value, self.parameters.values())
 
     def __call__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``H v``: a tensor per parameter name."""
-        pairs = [(g, v[n]) for g, n in zip(self._gradient, self.parameters, strict=True) if g is not None]
+        """``H v``: a tensor per parameter name; a missing one in ``v`` counts as zero."""
+        pairs = [(g, v[n]) for g, n in zip(self._gradient, self.parameters, strict=True) if g is not None and n in v]
         pairs = [(g, t.to(g.dtype)) for g, t in pairs if g.requires_grad]
         if not pairs:
             return {n: torch.zeros_like(p) for n, p in self.parameters.items()}

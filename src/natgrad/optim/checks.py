@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from natgrad.errors import ArgumentError, UnsupportedError
 from natgrad.likelihood import Likelihood
-from natgrad.likelihood.base import Target
 from natgrad.network import trainable_parameters
 from natgrad.step import QuadraticFit, Search, TrustRegion
 from natgrad.step.search import KLClip
@@ -23,36 +22,51 @@ _LOSSES = {
 }
 
 
-def check_arguments(
-    model: nn.Module,
-    likelihood: Likelihood,
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    average: float,
-    search: Search,
-) -> dict[str, nn.Parameter]:
-    """The model's trainable parameters, or an error that names the argument that will not do."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model is of type {type(model).__name__}; natgrad needs the torch.nn.Module itself (not its parameters), "
-            "because curvature comes from watching its forward pass."
-        )
+def check_likelihood(likelihood: Likelihood) -> None:
+    """Raises ArgumentError unless ``likelihood`` is one; a loss of torch is told its counterpart."""
     if not isinstance(likelihood, Likelihood):
         hint = next((name for kind, name in _LOSSES.items() if isinstance(likelihood, kind)), None)
         raise ArgumentError(
             f"likelihood is of type {type(likelihood).__name__}; "
             + (f"for this loss it is {hint}." if hint else "use ng.Categorical(), ng.Gaussian(), ng.Bernoulli(), …")
         )
-    parameters = trainable_parameters(model)
-    if not parameters:
+
+
+def check_parameters(model: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    """The trainable parameters of a module, or the given ones.
+
+    Raises:
+        ArgumentError: there is none.
+        UnsupportedError: one is complex.
+    """
+    if isinstance(model, nn.Module):
+        named = dict(trainable_parameters(model))
+    else:
+        named = {f"number {i}": p for i, p in enumerate(model)}
+    if not named:
         raise ArgumentError("The model has no parameter that requires a gradient, so there is nothing to optimize.")
-    for name, p in parameters.items():
+    for name, p in named.items():
         if p.is_complex():
             raise UnsupportedError(
                 f"Parameter {name} is complex, which natgrad does not support. Keep real and imaginary parts as two "
                 "real parameters (torch.view_as_real)."
             )
+    return list(named.values())
+
+
+def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Raises ArgumentError unless all ``parameters`` are those of ``model``."""
+    known = {id(p) for p in model.parameters()}
+    foreign = sum(id(p) not in known for p in parameters)
+    if foreign:
+        raise ArgumentError(
+            f"{foreign} of the optimizer's parameters do not belong to the module that it observes. Give it the "
+            "parameters() of that very module (not of a copy), and attach() the module itself or one that contains it."
+        )
+
+
+def check_arguments(lr: float | Tensor, momentum: float, weight_decay: float, average: float, search: Search) -> None:
+    """Raises ArgumentError for a number out of range, naming the argument."""
     _check_number("lr", lr, infinite=isinstance(search, TrustRegion | KLClip | QuadraticFit))
     _check_number("weight_decay", weight_decay)
     for name, value in (("momentum", momentum), ("average", average)):
@@ -63,7 +77,6 @@ def check_arguments(
             f"momentum={momentum} was given together with QuadraticFit, which fits the momentum of every step itself. "
             "Leave momentum at 0."
         )
-    return parameters
 
 
 def _check_number(name: str, value: float | Tensor, infinite: bool = False) -> None:
@@ -72,23 +85,3 @@ def _check_number(name: str, value: float | Tensor, infinite: bool = False) -> N
     number = float(value)
     if math.isnan(number) or number < 0 or (math.isinf(number) and not infinite):
         raise ArgumentError(f"{name}={number} was given; it must be a finite number of at least 0.")
-
-
-def parse_evaluation(result: Any) -> tuple[Tensor, Tensor, Target | None] | None:
-    """``(loss, output, target)`` of a natgrad closure; None for what a closure of torch's kind returns.
-
-    Raises:
-        ArgumentError: a tuple that is not an evaluation, or a loss without a graph.
-    """
-    if not isinstance(result, tuple):
-        return None
-    if len(result) not in (2, 3) or not all(isinstance(t, Tensor) for t in result[:2]):
-        kinds = ", ".join(type(item).__name__ for item in result)
-        raise ArgumentError(
-            f"The closure returned ({kinds}); it must return (loss, output) or (loss, output, target), with loss and "
-            "output tensors."
-        )
-    loss, output = result[:2]
-    if loss.numel() != 1:
-        raise ArgumentError(f"The closure's loss has shape {tuple(loss.shape)}; it must be one number (take the mean).")
-    return loss, output, result[2] if len(result) == 3 else None

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.distributed import Replicas, computed_by_owners
@@ -98,8 +99,20 @@ class Curvature:
                 slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.value, average.weight
         self._rebuild()
 
-    def refresh(self, damping: Damping, solver: Solver | None) -> None:
+    def prime(self, empty: Moments, dampings: Mapping[str, Damping], solver: Solver | None) -> None:
+        """Lay out averages and inverses as they will be, at zero and at 1/λ, from the moments of no data."""
+        self.update(empty, torch.zeros((), dtype=torch.bool, device=empty.normaliser.device))
+        try:
+            self.refresh(dampings, solver)
+        except (NotPositiveDefiniteError, NonFiniteError):
+            self.inverses = {}  # λ = 0: there is no inverse until there is data
+
+    def refresh(self, dampings: Mapping[str, Damping], solver: Solver | None) -> None:
         """Renew bases and inverses from what has been averaged; a block that cannot be inverted keeps its last one.
+
+        Args:
+            dampings: the rule of each block.
+            solver: how to invert; None is each block's own method.
 
         Raises:
             NotPositiveDefiniteError, NonFiniteError: no inverse has ever been had, or renewal failed several times in
@@ -110,7 +123,7 @@ class Curvature:
         if self.metric.averaged:
             self._renew_bases()
         failed: dict[str, NatgradError] = {}
-        for name, found in self._inverted(damping, solver).items():
+        for name, found in self._inverted(dampings, solver).items():
             if not isinstance(found, NatgradError):
                 self.inverses[name] = found
             elif name not in self.inverses or not isinstance(found, (NotPositiveDefiniteError, NonFiniteError)):
@@ -132,12 +145,14 @@ class Curvature:
             for name, inverse in self.inverses.items():
                 self._store_inverse(name, inverse)
 
-    def _inverted(self, damping: Damping, solver: Solver | None) -> dict[str, LinearOperator | NatgradError]:
+    def _inverted(
+        self, dampings: Mapping[str, Damping], solver: Solver | None
+    ) -> dict[str, LinearOperator | NatgradError]:
         """The inverse of each block, or why there is none; each by one process alone where it can be handed on."""
 
         def inverse(name: str) -> LinearOperator | NatgradError:
             try:
-                return damping.inverse(self.operators[name], solver)
+                return dampings[name].inverse(self.operators[name], solver)
             except NatgradError as error:
                 return error
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +16,38 @@ from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotO
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import Solver
-from natgrad.metric import Euclidean, Fisher, Metric, Statistics
+from natgrad.metric import Euclidean, Fisher, Metric, Moments, Statistics
 from natgrad.metric.running import Refresh
-from natgrad.network import (
-    BlockVector,
-    Partition,
-    RandomState,
-    full_precision,
-    trainable_parameters,
-)
-from natgrad.optim.checks import check_arguments, parse_evaluation
+from natgrad.network import BlockVector, Partition, full_precision, trainable_parameters
+from natgrad.optim import state as checkpoint
+from natgrad.optim.checks import check_arguments, check_likelihood, check_members, check_parameters
+from natgrad.optim.closures import Closure, Evaluation, evaluate
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
+from natgrad.optim.groups import (
+    OPTIONS,
+    Group,
+    check_group,
+    common,
+    damping_of,
+    divisions,
+    group_of,
+    moved,
+    rate_ratio,
+    reference_rate,
+    search_of,
+    set_division,
+)
 from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
-from natgrad.step.local import largest, rejected
+from natgrad.step.local import joined, largest, rejected
 
-Closure = Callable[[], Any]
-_NOTE = "natgrad"
+Parameters = nn.Module | Iterable[Any]
+_COPIED = (
+    "last", "_likelihood", "_metric", "_solver", "_search", "_damping", "_decay", "_refresh", "_seed", "_examination",
+    "_steps", "_follows", "_changed", "_unknown", "_model", "_wrapper",
+)  # fmt: skip
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -63,8 +75,13 @@ class NaturalGradient(torch.optim.Optimizer):
 
     A gradient that is not finite changes nothing: not the parameters, not the averages.
 
+    Parameter groups may differ in ``lr``, ``damping``, ``momentum``, ``weight_decay``, ``max_kl`` and ``maximize``.
+    Groups that differ in weight decay alone share blocks of curvature. Others do not: with ``LearningRate`` or
+    ``KLClip`` they step as optimizers of their own would; searches that measure judge the step of all groups at once.
+
     Args:
-        model: the network. Its trainable parameters are optimized.
+        model: the network: its trainable parameters are optimized, also those that become trainable later. Or, as
+            torch's optimizers take them, parameters, ``(name, parameter)`` pairs or groups; call :meth:`attach` then.
         likelihood: what the model's output means.
         lr: learning rate; with a :class:`TrustRegion` it is the longest multiple of the direction (``inf`` allowed).
         damping: λ, a number or a rule (``Constant``, ``Proportional``, ``FactoredTikhonov``, ``LevenbergMarquardt``).
@@ -77,6 +94,7 @@ class NaturalGradient(torch.optim.Optimizer):
         average: weight of the past in the running averages of curvature, in [0, 1).
         refresh: how often statistics and inverses are renewed.
         seed: of the sampled labels and signs; the global random streams are never touched.
+        maximize: climb the loss instead of descending it.
 
     Raises:
         ArgumentError: an argument out of range; the message names it.
@@ -87,7 +105,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Parameters,
         likelihood: Likelihood,
         *,
         lr: float | Tensor = 1.0,
@@ -100,34 +118,100 @@ class NaturalGradient(torch.optim.Optimizer):
         average: float = 0.95,
         refresh: Refresh = Refresh(),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
-        check_arguments(model, likelihood, lr, momentum, weight_decay, average, search)
+        check_likelihood(likelihood)
+        check_arguments(lr, momentum, weight_decay, average, search)
         self.last: Step | None = None
         self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
-        self._damping, self._decay, self._refresh = as_damping(damping), average, refresh
-        self._model, self._replicas = Replicas.of(model)
-        self._whole = StatisticsSum(self._replicas)
-        parameters = trainable_parameters(self._model)
-        self._device = next(iter(parameters.values())).device
-        self._seed, self._generator = seed, torch.Generator(device=self._device)
-        self._curvature: Curvature | None = None
+        self._damping, self._decay, self._refresh, self._seed = as_damping(damping), average, refresh, seed
         self._examination = Examination()
         self._steps = 0
+        self._model: nn.Module | None = None
+        self._wrapper: nn.Module | None = None
+        self._follows = isinstance(model, nn.Module)  # whether parameters that become trainable join
+        self._unbound()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": self._damping.value,
+            "max_kl": getattr(search, "max_kl", None),
+            "maximize": maximize,
+        }
+        if isinstance(model, nn.Module):
+            super().__init__(check_parameters(Replicas.of(model)[0]), defaults)
+            self.attach(model)
+        else:
+            super().__init__(model, defaults)
+
+    def _unbound(self) -> None:
+        self._curvature: Curvature | None = None
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
-        wrapper = model if model is not self._model else None
-        self._observer = Observer(self._model, self._wants_tape, self._on_pass, wrapper)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
-        super().__init__(list(parameters.values()), defaults)
-        self.param_groups[0][_NOTE] = ""
+
+    def attach(self, model: nn.Module) -> NaturalGradient:
+        """Observe ``model``, whose parameters this optimizer was made with; returns the optimizer.
+
+        For optimizers made from parameters, before the first pass. Attaching again moves the observation to another
+        module that holds the same parameters.
+
+        Raises:
+            ArgumentError: a parameter of the groups does not belong to ``model``.
+        """
+        inner, replicas = Replicas.of(model)
+        check_members(inner, (p for group in self.param_groups for p in group["params"]))
+        if self._model is not None:
+            self._observer.detach()
+        self._model, self._replicas, self._whole = inner, replicas, StatisticsSum(replicas)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._device = parameters[0].device
+        self._generator = torch.Generator(device=self._device)
+        self._wrapper = model if model is not inner else None
+        self._observer = Observer(inner, self._wants_tape, self._on_pass, self._wrapper)
+        self._unbound()
+        return self
+
+    def detach(self) -> None:
+        """Stop observing the module; :meth:`attach` starts again."""
+        if self._model is not None:
+            self._observer.detach()
+            self._model = None
+
+    @property
+    def _network(self) -> nn.Module:
+        if self._model is None:
+            raise NotObservedError(
+                "This optimizer was made from parameters and does not know their module, so it cannot observe the "
+                "forward pass that curvature comes from. Call optimizer.attach(model) before the first pass."
+            )
+        return self._model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.param_groups:
-            raise UnsupportedError(
-                "natgrad takes its parameters from the model: unfreeze them with requires_grad_(True) and they are "
-                "picked up at the next step. Several parameter groups are not supported yet."
-            )
+        """Add parameters with options of their own; see the class."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_parameters(group["params"])
+            check_group(group, self._search)
+            if self._model is not None:
+                check_members(self._model, group["params"])
+        except (ArgumentError, UnsupportedError):
+            self.param_groups.pop()
+            raise
+        if checkpoint.DIVISION not in group:
+            set_division(self.param_groups[:-1], group)
+        group.setdefault(checkpoint.NOTE, "")
+        self._changed = True
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters that this optimizer moves, by their names in the module."""
+        trainable = trainable_parameters(self._network)
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        if self._follows and not all(id(p) in owned for p in trainable.values()):
+            self.param_groups[0]["params"] += [p for p in trainable.values() if id(p) not in owned]
+            return trainable
+        return {name: p for name, p in trainable.items() if id(p) in owned}
 
     # Observation
 
@@ -140,7 +224,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return False
         if not self._metric.averaged or self._refresh.statistics_due(self._steps) or self._curvature is None:
             return True
-        return self._changed or self._curvature.partition.order != tuple(trainable_parameters(self._model))
+        return self._changed or self._curvature.partition.order != tuple(self._named())
 
     def _on_pass(self, observation: Observation, output: Tensor) -> None:
         """Statistics right after the forward pass, while its graph is whole; later where the target is needed."""
@@ -185,6 +269,7 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             StaleTapeError: ``output`` is not of a pass recorded since the last step.
         """
+        self._network  # noqa: B018  (an error where there is none)
         observation = self._observer.find(output)
         if target is not None:
             self._likelihood.check_output(output)
@@ -199,7 +284,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; passes whose gradients are thus discarded do not count for the next step either."""
         super().zero_grad(set_to_none)
-        self._observer.forget_reached()
+        if self._model is not None:
+            self._observer.forget_reached()
 
     # The step
 
@@ -217,28 +303,55 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             NotObservedError: curvature is needed and no training pass was observed.
         """
-        loss, again, random = self._evaluate(closure)
+        if self._model is None and self._idle():
+            return Evaluation(closure() if closure is not None else None).loss
+        self._network  # noqa: B018
+        evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
         observations = self._take_observations()
         gradients = self._gradients()
         if not gradients or not self._ready(observations, gradients):
-            return loss
+            return evaluation.loss
         try:
             with full_precision(self._device):
                 curvature = self._update_curvature(observations, gradients)
-                step, direction = self._search_step(curvature, gradients, observations, loss, again, random)
+                step, direction = self._search_step(curvature, gradients, observations, evaluation)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
                 raise
             self.last = _skipped(self._damping)
-            return loss
+            return evaluation.loss
         self._apply(step, direction)
         self._steps += 1
-        for p in self.param_groups[0]["params"]:
-            if p in self.state:
-                self.state[p]["step"] = torch.tensor(float(self._steps))
-        if not self.param_groups[0].get(_NOTE):
+        self._count()
+        return evaluation.loss
+
+    def _idle(self) -> bool:
+        """Whether there is no gradient at all."""
+        return not any(p.grad is not None and bool(p.grad.any()) for g in self.param_groups for p in g["params"])
+
+    def _count(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    self.state[p]["step"] = torch.tensor(float(self._steps))
+        if not self.param_groups[0].get(checkpoint.NOTE):
             self._note_state()  # torch.distributed.checkpoint saves and loads only what is there
-        return loss
+
+    def _prime(self, gradients: dict[str, Tensor]) -> None:
+        """Lay out the whole state without any data: torch.distributed.checkpoint loads into what is there."""
+        if self.state or not (self._metric.averaged or isinstance(self._metric, Euclidean)):
+            return
+        curvature = self._curvature_for(self._partition())
+        if self._metric.averaged:
+            empty = self._metric.no_statistics(self._network, curvature.partition)
+            assert isinstance(empty, Moments)
+            curvature.prime(empty, self._dampings(curvature.partition), self._solver)
+        for name, group in self._groups().items():
+            if group["momentum"] and not isinstance(self._search, QuadraticFit):
+                self.state[self._named()[name]]["momentum"] = torch.zeros_like(gradients[name])
+            if isinstance(self._search, QuadraticFit):
+                self.state[self._named()[name]]["previous"] = torch.zeros_like(gradients[name])
+        self._count()
 
     @torch.no_grad()
     def precondition_(self) -> None:
@@ -275,47 +388,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 observation.skipped = observation.skipped or not agreed
         return observations
 
-    def _evaluate(self, closure: Closure | None) -> tuple[Any, Closure | None, RandomState | None]:
-        if closure is None:
-            return None, None, None
-        random = RandomState.capture(self._device)
-        with torch.enable_grad(), self._observer.forced():
-            result = closure()
-        evaluation = parse_evaluation(result)
-        if evaluation is None:
-            return result, None, None
-        loss, output, target = evaluation
-        if not loss.requires_grad:
-            raise ArgumentError(
-                "The closure's loss has no graph: it was detached, computed under no_grad, or the closure already "
-                "called backward(). Return (loss, output) straight from the computation."
-            )
-        if self._observer.reached(output):
-            raise ArgumentError(
-                "The closure called backward() and returned (loss, output). Return them without calling backward(): "
-                "step() does it, and may evaluate the closure again."
-            )
-        self.zero_grad()
-        with torch.enable_grad():
-            self.observe(output, target)
-            # The closure may have run the model more than once; the output it returned is what counts.
-            self._observer.keep(self._observer.find(output))
-            loss.backward()
-
-        kind = self._device.type
-        casting = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-
-        def again() -> tuple[Tensor, Tensor]:
-            with self._observer.paused(), torch.autocast(kind, **casting):
-                value = parse_evaluation(closure())
-            assert value is not None
-            return value[0], value[1]
-
-        return loss.detach(), again, random
-
     def _gradients(self) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
-        for name, p in trainable_parameters(self._model).items():
+        for name, p in self._named().items():
             if p.grad is not None:
                 if p.grad.is_sparse:
                     raise UnsupportedError(f"The gradient of {name} is sparse, which natgrad does not support.")
@@ -343,6 +418,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not needed or not absent or (not self._metric.needs_observation and not self._needs_probe()):
             return True
         if not any(bool(g.any()) for g in gradients.values()):
+            self._prime(gradients)
             return False
         if self._unknown:
             raise NotObservedError(
@@ -356,23 +432,36 @@ class NaturalGradient(torch.optim.Optimizer):
             "give the optimizer the compiled model; or pass a closure that returns (loss, output)."
         )
 
+    def _groups(self) -> dict[str, Group]:
+        """The group of each parameter, by name."""
+        return group_of(self.param_groups, self._named())
+
     def _partition(self) -> Partition:
-        names = tuple(trainable_parameters(self._model))
-        if self._curvature is not None and self._curvature.partition.order == names and not self._examination.stale:
+        groups = self._groups()
+        if (
+            self._curvature is not None
+            and self._curvature.partition.order == tuple(groups)
+            and not self._examination.stale
+        ):
             return self._curvature.partition
-        return self._metric.partition(self._model, self._examination.uncovered)
+        parts = divisions(groups)
+        if parts is None and len(groups) < len(trainable_parameters(self._network)):
+            parts = [frozenset(groups)]
+        return self._metric.partition(self._network, self._examination.uncovered, parts)
+
+    def _dampings(self, partition: Partition) -> dict[str, Damping]:
+        """The damping rule of each block."""
+        groups = self._groups()
+        return {b.name: damping_of(groups[b.parameters[0]], self._damping) for b in partition.blocks}
 
     def _curvature_for(self, partition: Partition) -> Curvature:
         if self._curvature is None or self._curvature.partition is not partition:
-            parameters = trainable_parameters(self._model)
-            known = {id(p) for p in self.param_groups[0]["params"]}
-            self.param_groups[0]["params"] += [p for p in parameters.values() if id(p) not in known]
             if self._curvature is not None:
                 self._curvature.forget_all_but(partition)
                 self._changed = True
                 for observation in self._observer.observations:  # seen with other blocks
                     observation.skipped = observation.statistics is not None
-            self._curvature = Curvature(self._metric, partition, parameters, self.state, self._decay, self._replicas)
+            self._curvature = Curvature(self._metric, partition, self._named(), self.state, self._decay, self._replicas)
             self._examination.stale = False
         return self._curvature
 
@@ -386,7 +475,7 @@ class NaturalGradient(torch.optim.Optimizer):
             curvature.update(self._whole(statistics, curvature.bases), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
-            curvature.refresh(self._damping, self._solver)
+            curvature.refresh(self._dampings(curvature.partition), self._solver)
         return curvature
 
     def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
@@ -442,99 +531,135 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature: Curvature,
         gradients: dict[str, Tensor],
         observations: list[Observation],
-        loss: Any,
-        again: Closure | None,
-        random: RandomState | None,
+        evaluation: Evaluation,
     ) -> tuple[Step, BlockVector]:
-        group, partition = self.param_groups[0], curvature.partition
-        lr, decay = group["lr"], group["weight_decay"]
-        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
-        momentum = 0.0 if isinstance(self._search, QuadraticFit) else group["momentum"]
-        parameters = trainable_parameters(self._model)
-        if group["maximize"]:
-            gradients = {n: -g for n, g in gradients.items()}
-        if decay and self._search.needs_probe:
-            gradients = {n: g + decay * parameters[n] for n, g in gradients.items()}
-        averaged = self._with_momentum(gradients, momentum)
+        """The step, and the direction it was found along, before rates of groups that differ."""
+        partition, groups, parameters = curvature.partition, self._groups(), self._named()
+        gradients = {n: -g if groups[n]["maximize"] else g for n, g in gradients.items()}
+        if self._search.needs_probe:
+            decay = {n: group["weight_decay"] for n, group in groups.items() if group["weight_decay"]}
+            gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
+        else:
+            decay = {}
+        averaged = self._with_momentum(gradients, groups)
         direction = self._precondition(curvature, averaged)
         gradient = self._pack(partition, gradients)
-        probe = None
+        probe, loss = None, None
         if self._needs_probe():
-            penalty = decay if self._search.needs_probe else 0.0
+            sign = -1.0 if common(self.param_groups, "maximize", "the loss is measured.") else 1.0
             probe = ModelProbe(
-                self._model, partition, self._likelihood, observations, again, random, penalty, self._replicas
-            )
-            loss = probe.loss() if again is None else probe.averaged(loss) + probe.penalty()
+                self._network, partition, self._likelihood, observations, evaluation.again, evaluation.random, decay,
+                sign, self._replicas,
+            )  # fmt: skip
+            known = evaluation.again is not None
+            loss = probe.averaged(evaluation.loss) + probe.penalty() if known else probe.loss()
             if loss is None and self._damping.needs_loss:
                 raise NotObservedError(
                     f"{type(self._damping).__name__} follows the measured change of the loss, and the loss is not "
                     "known. Call opt.observe(output, target) before loss.backward(), or give step() a closure."
                 )
-        local = LocalModel(
-            gradient,
-            {n: curvature.operators[n] for n in direction},
-            {n: curvature.inverses[n] for n in direction},
-            self._damping.value,
-            loss=loss if isinstance(loss, Tensor) else None,
-            previous=self._previous(partition, direction),
-            block_damping={n: self._damping.amount(curvature.operators[n]) for n in direction},
-        )
-        step = self._search(local, direction, lr, probe)
-        if momentum and step.delta is not None:
-            self._keep_momentum(averaged, gradients)  # a rejected step leaves no trace in it
+        steps = []
+        for members in self._together(partition, direction, groups):
+            vectors = {name: direction[name] for name in members}
+            of = [groups[n] for block in partition.blocks if block.name in members for n in block.parameters]
+            dampings = {name: damping_of(groups[members[name]], self._damping) for name in members}
+            reference = reference_rate(of)
+            local = LocalModel(
+                {name: gradient[name] for name in members},
+                {name: curvature.operators[name] for name in members},
+                {name: curvature.inverses[name] for name in members},
+                next(iter(dampings.values())).value,
+                loss=loss if isinstance(loss, Tensor) else None,
+                previous=self._previous(partition, vectors),
+                block_damping={name: dampings[name].amount(curvature.operators[name]) for name in members},
+            )
+            search = search_of(of[0], self._search)
+            steps.append(search(local, self._at_rates(partition, vectors, groups, reference), reference, probe))
+        step = joined(steps)
+        if step.delta is not None:
+            self._keep_momentum(averaged, gradients, groups)  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
-                step = step.measured(probe(step.delta), local.loss)
-            self._damping = self._damping.update(step)
+                step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
+            self._adapt_damping(step)
         return step, direction
 
-    def _with_momentum(self, gradients: dict[str, Tensor], momentum: float) -> dict[str, Tensor]:
+    def _together(self, partition: Partition, direction: BlockVector, groups: dict[str, Group]) -> list[dict[str, str]]:
+        """Blocks whose steps are found together, each with one of its parameters: all where the search measures."""
+        first = {b.name: b.parameters[0] for b in partition.blocks if b.name in direction}
+        if self._search.needs_probe or self._damping.needs_loss:
+            if hasattr(self._search, "max_kl"):
+                common(self.param_groups, "max_kl", "one KL is measured for the whole step. Give them one radius.")
+            return [first]
+        kinds = sorted({groups[name][checkpoint.DIVISION] for name in first.values()})
+        return [{b: n for b, n in first.items() if groups[n][checkpoint.DIVISION] == kind} for kind in kinds]
+
+    def _at_rates(
+        self, partition: Partition, vectors: BlockVector, groups: dict[str, Group], reference: float | Tensor
+    ) -> BlockVector:
+        """The direction, each parameter's part times its learning rate over ``reference``."""
+        named = partition.unpack(vectors)
+        ratios = {name: rate_ratio(groups[name], reference) for name in named}
+        if all(ratio == 1.0 for ratio in ratios.values()):
+            return vectors
+        return self._pack(partition, moved(named, ratios))
+
+    def _adapt_damping(self, step: Step) -> None:
+        """Let the rule judge the step; every group's λ follows it."""
+        for group in self.param_groups:
+            group["damping"] = damping_of(group, self._damping).update(step).value
+        self._damping = self._damping.update(step)
+
+    def _momentum(self, group: Group) -> float:
+        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
+        return 0.0 if isinstance(self._search, QuadraticFit) else group["momentum"]
+
+    def _with_momentum(self, gradients: dict[str, Tensor], groups: dict[str, Group]) -> dict[str, Tensor]:
         """``m ← μ m + g``, not kept yet."""
-        if not momentum:
-            return gradients
-        parameters = trainable_parameters(self._model)
+        parameters = self._named()
         averaged: dict[str, Tensor] = {}
         for name, g in gradients.items():
-            before = self.state[parameters[name]].get("momentum")
-            averaged[name] = g.clone() if before is None else before * momentum + g
+            momentum = self._momentum(groups[name])
+            before = self.state[parameters[name]].get("momentum") if momentum else None
+            averaged[name] = g if before is None else before * momentum + g
         return averaged
 
-    def _keep_momentum(self, averaged: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    def _keep_momentum(
+        self, averaged: dict[str, Tensor], gradients: dict[str, Tensor], groups: dict[str, Group]
+    ) -> None:
         """Keep ``averaged`` for the next step; what was there stays where the gradient is not finite."""
-        parameters = trainable_parameters(self._model)
+        parameters = self._named()
+        kept = {n: m for n, m in averaged.items() if self._momentum(groups[n])}
+        if not kept:
+            return
         finite = _all_finite(gradients)
-        for name, m in averaged.items():
+        for name, m in kept.items():
             state = self.state[parameters[name]]
             state["momentum"] = torch.where(finite, m, state.get("momentum", torch.zeros_like(m)))
 
     def _previous(self, partition: Partition, direction: BlockVector) -> BlockVector | None:
         if not isinstance(self._search, QuadraticFit):
             return None
-        parameters = trainable_parameters(self._model)
-        found = {n: self.state[p]["previous"] for n, p in parameters.items() if "previous" in self.state[p]}
+        found = {n: self.state[p]["previous"] for n, p in self._named().items() if "previous" in self.state[p]}
         if not found:
             return None
         vectors = self._pack(partition, found)
         return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
 
     def _apply(self, step: Step, direction: BlockVector) -> None:
-        group = self.param_groups[0]
         assert self._curvature is not None
-        parameters = dict(self._model.named_parameters())
+        parameters, groups, partition = self._named(), self._groups(), self._curvature.partition
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
-            change = self._curvature.partition.unpack(step.delta)
+            change = partition.unpack(step.delta)
             accepted = torch.as_tensor(step.accepted, device=self._device)
-            if group["weight_decay"] and not self._search.needs_probe:
-                shrink = 1 - group["lr"] * group["weight_decay"]
-                for p in (parameters[name] for name in change):
-                    # Not in p's own precision: bfloat16 knows nothing between 0.996 and 1.
-                    factor = torch.as_tensor(shrink, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-                    p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
+            if not self._search.needs_probe:
+                for name in change:
+                    _shrink(parameters[name], groups[name], accepted)
             if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
                 # One fused multiply-add, as torch.optim.SGD does it: the same bits.
-                for name, d in self._curvature.partition.unpack(direction).items():
-                    parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(group["lr"]))
+                for name, d in partition.unpack(direction).items():
+                    parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(groups[name]["lr"]))
                 change = {}
             for name, delta in change.items():
                 parameters[name].add_(delta.to(parameters[name].dtype))
@@ -579,7 +704,7 @@ class NaturalGradient(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by parameter, and in the parameter group one text with what else a resumed run needs.
+        """Tensors by parameter, and in the parameter groups plain values with what else a resumed run needs.
 
         Loads with ``weights_only=True`` and through ``torch.distributed.checkpoint``, which knows only tensors under
         parameters and plain values in groups.
@@ -588,15 +713,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return super().state_dict()
 
     def _note_state(self) -> None:
-        """Write what is not a tensor of a parameter where checkpoints look: as a text in the group."""
-        self.param_groups[0][_NOTE] = json.dumps(
-            {
-                "metric": repr(self._metric),
-                "steps": self._steps,
-                "seed": self._seed,
-                "damping": dict(self._damping.state()),
-                **self._examination.state(),
-            }
+        self.param_groups[0][checkpoint.NOTE] = checkpoint.note(
+            self._metric, self._steps, self._seed, self._damping, self._examination
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -605,37 +723,47 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             ArgumentError: the state is of another metric, or its tensors are missing.
         """
-        incoming = {**state_dict, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
-        own = json.loads(incoming["param_groups"][0].get(_NOTE) or "null")
-        if own is not None:
-            self._check_saved(own, state_dict["state"])
-        super().load_state_dict(incoming)
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        order = [i for g in incoming["param_groups"] for i in g["params"]]
-        for p, i in zip(parameters, order, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.detach().to(device=p.device if value.dim() else value.device, copy=True)
+        own = checkpoint.parsed(state_dict)
+        checkpoint.check(own, state_dict["state"], self._metric)
+        super().load_state_dict(checkpoint.copied(state_dict))
+        checkpoint.restore_tensors(self, state_dict)
+        for k, group in enumerate(self.param_groups):
+            for name in OPTIONS:  # of a state saved before there were such
+                group.setdefault(name, self.defaults[name])
+            group.setdefault(checkpoint.DIVISION, k)
+            group.setdefault(checkpoint.NOTE, "")
         if own is not None:
             self._steps, self._seed, self._examination = own["steps"], own["seed"], Examination.restored(own)
             self._damping = self._damping.restored(own["damping"])
         self._curvature = None
-        if any("step" in s for s in self.state.values()) and (
-            self._examination.uncovered is not None or self._metric.replayed
-        ):
+        known = self._examination.uncovered is not None or self._metric.replayed
+        if known and self._model is not None and any("step" in s for s in self.state.values()):
             self._curvature_for(self._partition())
 
-    def _check_saved(self, own: dict[str, Any], state: dict[Any, Any]) -> None:
-        if own["metric"] != repr(self._metric):
-            raise ArgumentError(
-                f"The state is of an optimizer with metric {own['metric']}, and this one has {self._metric!r}. Their "
-                "averages do not fit each other: load it into an optimizer with the same metric, or start afresh."
-            )
-        if own["steps"] and not state:
-            raise ArgumentError(
-                f"The state is of an optimizer that has taken {own['steps']} steps, but holds no tensors. "
-                "torch.distributed.checkpoint loads only what the optimizer already has: take one step before loading."
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is bound to this process and to the module's hooks; the module goes along.
+
+        ``copy.deepcopy((model, optimizer))`` gives an optimizer that observes the copied model.
+        """
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _COPIED if name in self.__dict__}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        model, self._model = self.__dict__.get("_model"), None
+        if model is not None:
+            self.attach(self._wrapper or model)
+            if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):
+                self._curvature_for(self._partition())
+
+
+def _shrink(p: Tensor, group: Group, accepted: Tensor) -> None:
+    """Decoupled weight decay, ``θ ← (1 − lr·w) θ``."""
+    if not group["weight_decay"]:
+        return
+    shrink = 1 - group["lr"] * group["weight_decay"]
+    # Not in p's own precision: bfloat16 knows nothing between 0.996 and 1.
+    factor = torch.as_tensor(shrink, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:

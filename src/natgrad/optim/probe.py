@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class ModelProbe:
         observations: the passes of this step.
         closure: where given, evaluates the loss; returns ``(loss, output)``.
         random: state of the random streams before the closure first ran.
-        decay: weight decay w; the loss then includes ½ w ‖θ‖².
+        decay: weight decay w of parameters; the loss then includes ½ w ‖θ‖².
+        sign: −1 where the loss is maximised: it is then the negative loss that is measured.
         replicas: the processes whose parts of the batch are measured together.
     """
 
@@ -38,7 +39,8 @@ class ModelProbe:
     observations: Sequence[Observation]
     closure: Callable[[], tuple[Tensor, Tensor]] | None = None
     random: RandomState | None = None
-    decay: float = 0.0
+    decay: Mapping[str, float] = field(default_factory=dict)
+    sign: float = 1.0
     replicas: Replicas = Replicas()
 
     @torch.no_grad()
@@ -57,7 +59,7 @@ class ModelProbe:
             if known:
                 loss = loss + self.likelihood.nll(new, observation.target).sum()  # type: ignore[arg-type]
         kl, loss, total = self._summed(kl, loss, total)
-        return Trial(kl / total, loss / total + self.penalty(moved) if known else None)
+        return Trial(kl / total, self.sign * loss / total + self.penalty(moved) if known else None)
 
     def loss(self) -> Tensor | None:
         """Mean negative log-likelihood of the observed passes at the current parameters; None without targets."""
@@ -70,18 +72,18 @@ class ModelProbe:
             loss = loss + self.likelihood.nll(observation.output.detach(), observation.target).sum()
             total = total + (observation.output[..., 0].numel() if weights is None else weights.sum())
         loss, total = self._summed(loss, total)
-        return loss / total + self.penalty()
+        return self.sign * loss / total + self.penalty()
 
     def averaged(self, loss: Tensor) -> Tensor:
         """The mean over processes of a closure's loss: what their averaged gradients are the gradient of."""
-        return self.replicas.sum([loss])[0] / self.replicas.size
+        return self.sign * self.replicas.sum([loss])[0] / self.replicas.size
 
     def penalty(self, moved: Mapping[str, Tensor] | None = None) -> float | Tensor:
-        """½ w ‖θ‖² with the parameters in ``moved`` in place of the present ones."""
-        if not self.decay:
+        """½ Σ w ‖θ‖² with the parameters in ``moved`` in place of the present ones."""
+        if not any(self.decay.values()):
             return 0.0
         parameters = {**trainable_parameters(self.model), **(moved or {})}
-        return 0.5 * self.decay * torch.stack([p.detach().square().sum() for p in parameters.values()]).sum()
+        return 0.5 * torch.stack([w * parameters[n].detach().square().sum() for n, w in self.decay.items() if w]).sum()
 
     def curvature(self, deltas: Sequence[BlockVector]) -> Tensor:
         gram: Tensor | float = 0.0

@@ -290,6 +290,29 @@ class Step:
         return replace(self, kl_measured=kl, loss_change_measured=change)
 
 
+def joined(steps: Sequence[Step]) -> Step:
+    """One record of steps that were found apart, in blocks of their own; predictions add up."""
+    first, *others = steps
+    for other in others:
+        first = replace(
+            first,
+            delta={**(first.delta or {}), **(other.delta or {})},
+            accepted=_both(first.accepted, other.accepted),
+            kl_predicted=_total(first.kl_predicted, other.kl_predicted),
+            loss_change_predicted=_total(first.loss_change_predicted, other.loss_change_predicted),
+            reason=first.reason or other.reason,
+        )
+    return first
+
+
+def _both(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
+    return torch.as_tensor(a) & torch.as_tensor(b) if isinstance(a, Tensor) or isinstance(b, Tensor) else a and b
+
+
+def _total(a: Scalar | None, b: Scalar | None) -> Scalar | None:
+    return None if a is None or b is None else a + b
+
+
 def rejected(damping: float, reason: str, *, tried: bool, backtracks: int = 0, predicted: float = 0.0) -> Step:
     """The step that changes nothing.
 
