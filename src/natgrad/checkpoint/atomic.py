@@ -6,6 +6,7 @@ it is renewed only when the new file is safely on the disk.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -48,9 +49,7 @@ def replace_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             if fcntl is None:
                 file.close()  # there, open files cannot be renamed
             os.replace(name, path)
-            _sync_folder(path.parent)
-            if old is not None:
-                _rotate(old, path)
+            _settle(path, old)
 
 
 def sweep(path: Path) -> None:
@@ -85,7 +84,13 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield file, name
     finally:
-        name.unlink(missing_ok=True)
+        _remove(name)
+
+
+def _remove(name: Path) -> None:
+    """Where it cannot be removed, the next save sweeps it."""
+    with suppress(OSError):
+        os.unlink(name)
 
 
 @contextmanager
@@ -93,35 +98,44 @@ def _second_name(path: Path) -> Iterator[Path | None]:
     """Another name for the file at ``path``, to find it by when ``path`` is another; None where there is no file."""
     name = _fresh_name(path)
     try:
-        try:
-            os.link(path, name)
-        except FileNotFoundError:
+        if not path.exists():
             yield None
             return
+        try:
+            os.link(path, name)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, name)
             _sync(name)
         yield name
     finally:
-        name.unlink(missing_ok=True)
+        _remove(name)
 
 
-def _rotate(old: Path, path: Path) -> None:
+def _settle(path: Path, old: Path | None) -> None:
+    """Make the new name safe, and only then let the generation before it take the place of the one before that."""
     try:
-        os.replace(old, previous(path))
         _sync_folder(path.parent)
+        if old is not None:
+            os.replace(old, previous(path))
+            _sync_folder(path.parent)
     except OSError as error:
         warnings.warn(
-            f"{path} is saved, but the generation before it could not be kept as {previous(path)} ({error}).",
+            f"{path} is saved, but its folder could not be brought up to date ({error}): the generation before it may "
+            "not be kept. Check the disk.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
 def _sync_folder(folder: Path) -> None:
     """A new name is on the disk only when its folder is."""
-    if os.name != "nt":
+    if os.name == "nt":
+        return
+    try:
         _sync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, nor need, do it
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,9 @@
 """Nested plain values as JSON, with every tensor in them kept apart under a name.
 
 JSON's own values stand for themselves, and a list for a list. Everything else is an object whose first key says what
-it is: ``{"tensor": name}``, ``{"tuple": […]}``, ``{"dict": [[key, value], …]}``, ``{"counter": …}``, ``{"bytes": hex}``,
-``{"complex": [re, im]}``, ``{"dtype": …}``, ``{"device": …}``. Reading one builds such values and nothing else.
+it is: ``{"tensor": name}``, ``{"tuple": […]}``, ``{"dict": [[key, value], …]}``, ``{"counter": …}``,
+``{"bytes": hex}``, ``{"complex": [re, im]}``, ``{"dtype": …}``, ``{"device": …}``. Reading one builds such values and
+nothing else.
 """
 
 from __future__ import annotations
