@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,7 @@ class NaturalGradient(torch.optim.Optimizer):
             super().__init__(model, defaults)
 
     def _unbound(self) -> None:
+        self._during: dict[str, nn.Parameter] | None = None  # the parameters, while a step is taken
         self._curvature: Curvature | None = None
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
@@ -206,6 +208,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _named(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that this optimizer moves, by their names in the module."""
+        if self._during is not None:
+            return self._during
         trainable = trainable_parameters(self._network)
         owned = {id(p) for group in self.param_groups for p in group["params"]}
         if self._follows and not all(id(p) in owned for p in trainable.values()):
@@ -307,10 +311,24 @@ class NaturalGradient(torch.optim.Optimizer):
             return Evaluation(closure() if closure is not None else None).loss
         self._network  # noqa: B018
         evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
+        with self._settled():
+            self._take_step(evaluation)
+        return evaluation.loss
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Which parameters are whose does not change inside, and is looked up once."""
+        self._during = self._named()
+        try:
+            yield
+        finally:
+            self._during = None
+
+    def _take_step(self, evaluation: Evaluation) -> None:
         observations = self._take_observations()
         gradients = self._gradients()
         if not gradients or not self._ready(observations, gradients):
-            return evaluation.loss
+            return
         try:
             with full_precision(self._device):
                 curvature = self._update_curvature(observations, gradients)
@@ -319,11 +337,10 @@ class NaturalGradient(torch.optim.Optimizer):
             if bool(_all_finite(gradients)):
                 raise
             self.last = _skipped(self._damping)
-            return evaluation.loss
+            return
         self._apply(step, direction)
         self._steps += 1
         self._count()
-        return evaluation.loss
 
     def _idle(self) -> bool:
         """Whether there is no gradient at all."""
