@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,16 @@ class OptimizerRecord:
     names: Names
     shapes: list[list[list[int]]]
     state: dict[str, Any]
+
+    @staticmethod
+    def checked(saved: Mapping[str, Any], state: dict[str, Any]) -> OptimizerRecord:
+        """From a file that anybody may have made. Raises ValueError or TypeError if it does not agree with itself."""
+        names = [[None if name is None else str(name) for name in group] for group in saved["names"]]
+        shapes = [[[int(size) for size in shape] for shape in group] for group in saved["shapes"]]
+        sizes = [len(group["params"]) for group in state.get("param_groups", ())]
+        if any(sizes != [len(group) for group in groups] for groups in (names, shapes)):
+            raise ValueError("the groups differ in size from the list of their parameters")
+        return OptimizerRecord(str(saved["class"]), names, shapes, state)
 
 
 def parameter_names(optimizer: Any, model: nn.Module | None) -> Names:
@@ -109,7 +119,7 @@ def check_optimizer(
         problems.append(f"groups of {_sizes(record.names)} parameters in the file, of {_sizes(names)} given")
     else:
         for g, group in enumerate(optimizer.param_groups if names else ()):
-            problems += _group_problems(g, record, names[g], group["params"])
+            problems += _group_problems(g, record, names[g], group["params"], known=model is not None)
     if problems:
         raise SnapshotError(
             f"{path} is of another optimizer than this {kind}:\n{_listed(problems)}\n"
@@ -118,9 +128,13 @@ def check_optimizer(
         )
 
 
-def _group_problems(g: int, record: OptimizerRecord, names: list[str | None], parameters: list[Tensor]) -> list[str]:
+def _group_problems(
+    g: int, record: OptimizerRecord, names: list[str | None], parameters: list[Tensor], *, known: bool
+) -> list[str]:
+    """``known``: whether a parameter without a name is certainly none of the model's."""
     saved, shapes = record.names[g], record.shapes[g]
-    if _distinct(saved) and _distinct(names):
+    by_name = _distinct(saved) and _distinct(names)
+    if by_name:
         lost = [f"group {g}: {n} only in the file" for n in saved if n not in names]
         lost += [f"group {g}: {n} only in the optimizer" for n in names if n not in saved]
         if lost:
@@ -128,8 +142,11 @@ def _group_problems(g: int, record: OptimizerRecord, names: list[str | None], pa
         shapes = [shapes[saved.index(n)] for n in names]
     problems = []
     for i, (p, shape) in enumerate(zip(parameters, shapes, strict=True)):
-        if list(p.shape) != shape:
-            where = names[i] or f"parameter {i}"
+        where = names[i] or f"parameter {i}"
+        named = saved[i] is not None and (names[i] is not None or known)
+        if named and not by_name and saved[i] != names[i]:
+            problems.append(f"group {g}, parameter {i}: {saved[i]} in the file, {names[i] or 'one of no name'} given")
+        elif list(p.shape) != shape:
             problems.append(f"group {g}, {where}: shape {tuple(shape)} in the file, {tuple(p.shape)} given")
     return problems
 
@@ -238,16 +255,23 @@ def _kept(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _undo(optimizer: Any) -> Any:
-    """What puts the optimizer back."""
+def _undo(optimizer: Any) -> Callable[[], None]:
+    """What puts the optimizer back.
+
+    Loading gives torch's optimizers, also one inside another, a new state and new groups in place of the old, so that
+    it is enough to keep these. Of anything else it is not known what loading changes.
+    """
     if optimizer is None:
         return lambda: None
-    if isinstance(optimizer, Optimizer) and type(optimizer).load_state_dict is Optimizer.load_state_dict:
-        held = dict(vars(optimizer))  # torch's own method makes a new state and new groups
+    if not isinstance(optimizer, Optimizer):
+        saved = copy.deepcopy(optimizer.state_dict())
+        return lambda: optimizer.load_state_dict(saved)
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    held = [(o, dict(vars(o))) for o in (optimizer, *inner)]
 
-        def put_back() -> None:
-            vars(optimizer).update(held)
+    def put_back() -> None:
+        for o, attributes in held:
+            vars(o).clear()
+            vars(o).update(attributes)
 
-        return put_back
-    saved = copy.deepcopy(optimizer.state_dict())
-    return lambda: optimizer.load_state_dict(saved)
+    return put_back

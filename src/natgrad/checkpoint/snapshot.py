@@ -173,7 +173,7 @@ def _unpacked_optimizer(saved: dict[str, Any] | None, unpacker: Unpacker) -> Opt
     if saved is None:
         return None
     state = {"state": {unpacker.decode(i): unpacker.decode(slot) for i, slot in saved["slots"]}}
-    return OptimizerRecord(saved["class"], saved["names"], saved["shapes"], state | unpacker.decode(saved["rest"]))
+    return OptimizerRecord.checked(saved, state | unpacker.decode(saved["rest"]))
 
 
 def _device(optimizer: Any) -> torch.device:

@@ -9,7 +9,7 @@ nothing else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,14 @@ _NATIVE = {
 }
 """What every version of safetensors stores as it is; all else goes in as bytes."""
 
+_DEEPEST = 64
+_TEXTS: tuple[tuple[type, str, Callable[[Any], Any]], ...] = (
+    (complex, "complex", lambda value: [value.real, value.imag]),
+    (bytes, "bytes", bytes.hex),
+    (torch.dtype, "dtype", lambda value: str(value).removeprefix("torch.")),
+    (torch.device, "device", str),
+)
+
 
 class Packer:
     """Turns values into JSON and collects their tensors; a tensor met twice is stored once.
@@ -38,12 +46,14 @@ class Packer:
         self._known: dict[tuple[Any, ...], tuple[dict[str, Any], Tensor]] = {}
         self._storages: set[int] = set()
 
-    def encode(self, value: Any, path: str) -> Any:
+    def encode(self, value: Any, path: str, depth: int = 0) -> Any:
         """``value`` as JSON. ``path`` says where it stands: it names the tensors, and the value in an error.
 
         Raises:
-            ArgumentError: something that is neither plain nor a dense tensor.
+            ArgumentError: something that is neither plain nor a dense tensor, or is nested more than 64 deep.
         """
+        if depth > _DEEPEST:
+            raise ArgumentError(f"{path[:60]}… is more than {_DEEPEST} lists or dicts deep. Does one contain itself?")
         if isinstance(value, np.generic):
             value = value.item()
         if value is None or isinstance(value, bool):
@@ -54,19 +64,16 @@ class Packer:
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         if isinstance(value, list | tuple):
-            items = [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]
+            items = [self.encode(item, f"{path}.{i}", depth + 1) for i, item in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
         if isinstance(value, dict):
-            tag = "counter" if isinstance(value, Counter) else "dict"
-            return {tag: [[self.encode(k, f"{path} (a key)"), self.encode(v, f"{path}.{k}")] for k, v in value.items()]}
-        if isinstance(value, complex):
-            return {"complex": [value.real, value.imag]}
-        if isinstance(value, bytes):
-            return {"bytes": value.hex()}
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {"device": str(value)}
+            tag, inner = "counter" if isinstance(value, Counter) else "dict", depth + 1
+            keys = [self.encode(k, f"{path} (a key)", inner) for k in value]
+            values = [self.encode(v, f"{path}.{k}", inner) for k, v in value.items()]
+            return {tag: [list(pair) for pair in zip(keys, values, strict=True)]}
+        for kind, tag, text in _TEXTS:
+            if isinstance(value, kind):
+                return {tag: text(value)}
         raise ArgumentError(
             f"{path} is a {type(value).__qualname__}, which a snapshot cannot hold: it takes tensors, numbers, texts, "
             "None and lists, tuples and dicts of them. Give an object's state_dict(), and an array as "
