@@ -5,8 +5,9 @@ BatchNorm's running statistics are changed in copies, random streams are put bac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,7 @@ class Pass:
         device = next(self.model.parameters()).device
         token = _replaying.set(True)
         try:
-            with self._conditions(device):
+            with self._conditions(device), _eager():
                 output = functional_call(self.model, {**buffers, **(parameters or {})}, self.args, dict(self.kwargs))
         finally:
             _replaying.reset(token)
@@ -123,6 +124,11 @@ class Pass:
         if selected is None:
             raise UnsupportedError(f"The model returned {type(output).__name__}; natgrad needs a tensor output.")
         return selected
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled modules run as they were written: a compiled backward pass can be differentiated once only."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def full_precision(device: torch.device) -> torch.autocast:
