@@ -120,10 +120,9 @@ class Curvature:
         """
         if isinstance(self.metric, Euclidean):
             return
-        if self.metric.averaged:
-            self._renew_bases()
+        stale = self._renew_bases() if self.metric.averaged else {}
         failed: dict[str, NatgradError] = {}
-        for name, found in self._inverted(dampings, solver).items():
+        for name, found in {**self._inverted(dampings, solver), **stale}.items():
             if not isinstance(found, NatgradError):
                 self.inverses[name] = found
             elif name not in self.inverses or not isinstance(found, (NotPositiveDefiniteError, NonFiniteError)):
@@ -195,10 +194,11 @@ class Curvature:
     def _rebuild(self) -> None:
         self.operators = self.metric.moment_operators(self.partition, self._means(), self.bases)
 
-    def _renew_bases(self) -> None:
-        old = self.bases
+    def _renew_bases(self) -> dict[str, NatgradError]:
+        """Renew eigenbases; the blocks whose basis stays as it was, and why."""
+        old, failed = self.bases, {}
         if not old:
-            return
+            return failed
         means, costs = self._means(), self._costs()
 
         def renewed(name: str) -> tuple[Basis, Tensor]:
@@ -207,10 +207,12 @@ class Curvature:
 
         for name, found in computed_by_owners(self._replicas, {n: costs[n] for n in old}, renewed).items():
             if isinstance(found, NatgradError):
-                raise found
+                failed[name] = found
+                continue
             basis, self._slots[name][_AVERAGE + "eigenvalues"] = found
             self._store_basis(name, basis)
         self._rebuild()
+        return failed
 
     def _store_basis(self, name: str, basis: Basis) -> None:
         for side, tensor in zip(("left", "right"), basis, strict=True):
