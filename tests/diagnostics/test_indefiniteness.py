@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad import linalg
-from natgrad.diagnostics import BlockIndefiniteness, IndefinitenessReport, indefiniteness
+from natgrad.diagnostics import BlockIndefiniteness, IndefinitenessReport, indefiniteness, spectrum
 from natgrad.diagnostics.subspace import krylov_space, whole_space
 from natgrad.errors import ArgumentError, NonFiniteError
 
@@ -274,6 +274,36 @@ def test_the_interval_holds_the_share_of_the_negative_eigenspace(seed: int) -> N
         assert low <= share <= high and low <= middle <= high, steps
         widths.append(high - low)
     assert widths[-1] < 0.5 * widths[1]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_interval_holds_the_count_where_lanczos_cannot_tell_eigenvalues_apart(sign: float) -> None:
+    """Three nodes for four clusters: the middle one stands for eigenvalues of both signs."""
+    clusters = {-1.0: 10, -0.01: 20, 0.02: 30, 1.0: 10}
+    values = sign * torch.cat([torch.full((n,), v, dtype=DOUBLE) for v, n in clusters.items()])
+    basis = torch.linalg.qr(torch.randn(70, 70, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))).Q
+    matrix = basis @ torch.diag(values) @ basis.mT
+    operator = linalg.FunctionOperator(lambda v: v @ matrix, (70, 70), DOUBLE)
+    (x, y), model = batch(), nn.Linear(3, 3).double()
+    whole = indefiniteness(model, ng.Categorical(), x, y).whole
+    found = dataclasses.replace(whole, size=70, hessian=spectrum(operator, steps=3, samples=8, largest_exact=0))
+    count = int((values < 0).sum())
+    low, high = found.negative_count_bounds
+    assert abs(found.negative_count - count) > 10
+    assert low <= count <= high
+
+
+def test_the_error_of_the_residual_is_a_standard_error() -> None:
+    (x, y), model = batch(), mlp(2)
+    wanted = indefiniteness(model, ng.Categorical(), x, y).whole.residual
+    scores = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        found = indefiniteness(
+            model, ng.Categorical(), x, y, largest_exact=0, steps=2, samples=16, generator=generator
+        ).whole
+        scores.append((found.residual - wanted) / found.residual_error)
+    assert 0.6 < float(np.sqrt(np.mean(np.square(scores)))) < 1.5
 
 
 # What a user sees, and what is left alone.

@@ -204,15 +204,12 @@ def indefiniteness(
 
 
 def _gradient(model: nn.Module, likelihood: Likelihood, x: Any, y: Target) -> dict[str, Tensor]:
-    """∇L of the mean negative log-likelihood, by parameter name."""
+    """The gradient of the summed negative log-likelihood, by parameter name: nothing here depends on its length."""
     args, kwargs = as_arguments(x)
     parameters = trainable_parameters(model)
     observed = Pass.begin(model, args, kwargs)
     with torch.enable_grad(), full_precision(next(iter(parameters.values())).device):
-        f = observed.run()
-        weights = likelihood.weights(f.detach(), y)
-        total = f[..., 0].numel() if weights is None else weights.sum()
-        loss = likelihood.nll(f, y).sum() / total
+        loss = likelihood.nll(observed.run(), y).sum()
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
 
