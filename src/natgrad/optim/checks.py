@@ -81,7 +81,7 @@ def check_arguments(lr: float | Tensor, momentum: float, weight_decay: float, av
 
 def _check_number(name: str, value: float | Tensor, infinite: bool = False) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ArgumentError(f"{name} is a tensor of shape {tuple(value.shape)}; it must hold one number.")
+        raise ArgumentError(f"Tensor {name} must be 1-element, one number, but has shape {tuple(value.shape)}.")
     number = float(value)
     if math.isnan(number) or number < 0 or (math.isinf(number) and not infinite):
         raise ArgumentError(f"{name}={number} was given; it must be a finite number of at least 0.")

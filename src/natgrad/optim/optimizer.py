@@ -766,7 +766,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        model, self._model = self.__dict__.get("_model"), None
+        if "_model" not in state:  # torch's load_state_dict sets groups and tensors in this way, too
+            return
+        model, self._model = self._model, None
+        self._unbound()
         if model is not None:
             self.attach(self._wrapper or model)
             if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):

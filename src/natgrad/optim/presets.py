@@ -59,11 +59,12 @@ class NGD(NaturalGradient):
         search: Search = KLClip(0.1),
         average: float = 0.0,
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
             metric=Fisher(estimate, Dense()), solver=solver, search=search, average=average, refresh=Refresh(1, 1),
-            seed=seed,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -87,10 +88,12 @@ class DiagonalNGD(NaturalGradient):
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 1),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
-            metric=Fisher(estimate, Diagonal()), search=search, average=average, refresh=refresh, seed=seed,
+            metric=Fisher(estimate, Diagonal()), search=search, average=average, refresh=refresh,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -114,10 +117,12 @@ class BlockNGD(NaturalGradient):
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 10),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
-            metric=Fisher(estimate, BlockDiagonal()), search=search, average=average, refresh=refresh, seed=seed,
+            metric=Fisher(estimate, BlockDiagonal()), search=search, average=average, refresh=refresh,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -146,10 +151,12 @@ class KFAC(NaturalGradient):
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 10),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
-            metric=Fisher(estimate, structure), search=search, average=average, refresh=refresh, seed=seed,
+            metric=Fisher(estimate, structure), search=search, average=average, refresh=refresh,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -174,10 +181,12 @@ class EKFAC(NaturalGradient):
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 10),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
-            metric=Fisher(estimate, structure), search=search, average=average, refresh=refresh, seed=seed,
+            metric=Fisher(estimate, structure), search=search, average=average, refresh=refresh,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -203,10 +212,12 @@ class GramNGD(NaturalGradient):
         solver: Solver | None = None,
         search: Search = QuadraticFit(max_kl=0.1),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
-            metric=Fisher(estimate, Gram()), solver=solver, search=search, refresh=Refresh(1, 1), seed=seed,
+            metric=Fisher(estimate, Gram()), solver=solver, search=search, refresh=Refresh(1, 1),
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -230,10 +241,12 @@ class HessianFree(NaturalGradient):
         solver: Solver | None = CG(tolerance=1e-3, max_iterations=50),
         search: Search = Armijo(),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, weight_decay=weight_decay,
-            metric=Fisher(Exact(), MatrixFree()), solver=solver, search=search, refresh=Refresh(1, 1), seed=seed,
+            metric=Fisher(Exact(), MatrixFree()), solver=solver, search=search, refresh=Refresh(1, 1),
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -259,11 +272,12 @@ class GaussNewton(NaturalGradient):
         solver: Solver | None = None,
         search: Search = Armijo(),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, weight_decay=weight_decay,
             metric=Fisher(Exact(), structure), solver=solver, search=search, average=0.0, refresh=Refresh(1, 1),
-            seed=seed,
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -306,10 +320,12 @@ class Newton(NaturalGradient):
         solver: Solver | None = SaddleFree(),
         search: Search = TrustRegion(0.1),
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model, likelihood, lr=lr, damping=damping, weight_decay=weight_decay,
-            metric=Hessian(structure), solver=solver, search=search, refresh=Refresh(1, 1), seed=seed,
+            metric=Hessian(structure), solver=solver, search=search, refresh=Refresh(1, 1),
+            seed=seed, maximize=maximize,
         )  # fmt: skip
 
 
@@ -343,11 +359,12 @@ class TrustRegionNGD(NaturalGradient):
         solver: Solver | None = None,
         backtracks: int = 10,
         seed: int = 0,
+        maximize: bool = False,
     ) -> None:
         if solver is None and isinstance(structure, MatrixFree):
             solver = CG(tolerance=1e-6, max_iterations=20)
         super().__init__(
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
             metric=Fisher(estimate, structure), solver=solver, search=TrustRegion(max_kl, backtracks),
-            refresh=Refresh(1, 1), seed=seed,
+            refresh=Refresh(1, 1), seed=seed, maximize=maximize,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from natgrad.network import BlockVector, Linearization, Partition, Pass, RandomS
 from natgrad.network.replay import random_state
 from natgrad.optim.observer import Observation
 from natgrad.step import Trial
+
+# The levels of torch's forward mode belong to the process: two threads in it at once get wrong tangents, silently.
+_FORWARD_MODE = Lock()
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class ModelProbe:
         total: Tensor | float = 0.0
         named = [self.partition.unpack(delta) for delta in deltas]
         for observation in self.observations:
-            f, pushed = _push(observation.observed, named)
+            with _FORWARD_MODE:
+                f, pushed = _push(observation.observed, named)
             weights = self._weights(observation)
             total = total + (f[..., 0].numel() if weights is None else weights.sum())
             factors = None
