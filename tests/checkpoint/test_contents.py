@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import natgrad as ng
+from natgrad.checkpoint.tree import Unpacker
 from natgrad.errors import ArgumentError
 
 DTYPES = [
@@ -380,6 +381,31 @@ def test_saving_and_loading_leave_no_trace(tmp_path):
     optimizer.state[model[0].weight]["exp_avg"].zero_()
     ng.load(tmp_path / "x", model, optimizer)
     assert found == {} and states(optimizer) == again
+
+
+def test_what_is_loaded_owns_its_memory(tmp_path):
+    model = network(0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    shared = optimizer.state[model[0].weight]["exp_avg"]
+    ng.save(tmp_path / "x", model, optimizer, average=shared, odd=torch.ones(3, dtype=torch.uint8))
+    found = ng.load(tmp_path / "x", model, optimizer)
+    loaded = optimizer.state[model[0].weight]["exp_avg"]
+    assert torch.equal(found["average"], loaded)
+    found["average"].zero_()
+    assert loaded.any()
+    # As torch allocates it: kernels may round otherwise where memory is aligned otherwise.
+    tensors = [t for slot in optimizer.state.values() for t in slot.values()]
+    assert all(t.data_ptr() % 64 == 0 for t in [*tensors, *found.values()])
+
+
+def test_numbers_return_to_the_device_they_were_on():
+    """A stand-in for an accelerator: the record says where a tensor was, and meta is the device it goes to."""
+    stored = {"number": torch.tensor(2.0), "vector": torch.ones(2)}
+    unpacker = Unpacker(stored, torch.device("meta"))
+    assert unpacker.decode({"tensor": "number", "device": "cuda"}).is_meta
+    assert Unpacker(stored, torch.device("meta")).decode({"tensor": "number"}).item() == 2.0
+    assert unpacker.decode({"tensor": "vector", "device": "cuda"}).device.type == "cpu"  # load_state_dict moves it
 
 
 def test_a_guard_around_an_optimizer(tmp_path):

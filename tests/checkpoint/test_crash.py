@@ -23,40 +23,55 @@ from natgrad.checkpoint.sealed import unsealed
 from natgrad.errors import SnapshotError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-WINDOW = 0.06
-"""Seconds: a child is killed at a random moment of them, in which it saves about twice."""
 
 
 def temporary_files(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
-def killed_in_mid_save(save: Callable[[Numbers, int], None], first: int, random: random.Random) -> int:
+Saving = Callable[[Numbers, int], None]
+
+
+def time_of(save: Saving, model: Numbers) -> float:
+    """Seconds that a save takes: within them, a child is killed at a random moment."""
+    start = time.perf_counter()
+    for _ in range(10):
+        save(model.become(0), 0)
+    return (time.perf_counter() - start) / 10
+
+
+def killed_in_mid_save(save: Saving, first: int, delay: float) -> int:
     """A child saves generations ``first``, ``first`` + 1, … until it is killed; the last one that it acknowledged."""
     reading, writing = os.pipe()
     model = Numbers()
 
     def work() -> None:
+        os.write(writing, (first - 1).to_bytes(8, "little"))
         for generation in range(first, first + 10_000):
             save(model.become(generation), generation)
             os.write(writing, generation.to_bytes(8, "little"))
 
     child = forked(work)
     os.close(writing)
-    time.sleep(random.uniform(0, WINDOW))
-    os.kill(child, signal.SIGKILL)
-    assert exit_code(child) == -signal.SIGKILL
     with open(reading, "rb") as pipe:
-        acknowledged = pipe.read()
-    return int.from_bytes(acknowledged[-8:], "little") if acknowledged else first - 1
+        acknowledged = pipe.read(8)  # it has begun
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        assert exit_code(child) == -signal.SIGKILL
+        acknowledged += pipe.read()
+    return int.from_bytes(acknowledged[-8:], "little")
 
 
 def test_kill_9_in_mid_save_loses_nothing_in_200_tries(tmp_path):
     path, when = tmp_path / "run.safetensors", random.Random(0)
     model, interrupted, generation = Numbers(), 0, 0
-    ng.save(path, model.become(0), generation=0)
+
+    def save(model: Numbers, generation: int) -> None:
+        ng.save(path, model, generation=generation)
+
+    window = time_of(save, model)
     for _ in range(200):
-        acknowledged = killed_in_mid_save(lambda m, g: ng.save(path, m, generation=g), generation + 1, when)
+        acknowledged = killed_in_mid_save(save, generation + 1, when.uniform(0, window))
         interrupted += bool(temporary_files(tmp_path))
         # Not even the generation before is needed: pytest would make its warning an error.
         generation = ng.load(path, model)["generation"]
@@ -70,9 +85,14 @@ def test_kill_9_in_mid_save_loses_nothing_in_200_tries(tmp_path):
 def test_control_kill_9_destroys_a_file_that_is_written_in_place(tmp_path):
     """The same kills, with torch.save in place of ng.save: the test above can fail."""
     path, when, lost = tmp_path / "run.pt", random.Random(0), 0
-    for _ in range(30):
-        torch.save({"weight": torch.zeros(100_000)}, path)
-        killed_in_mid_save(lambda m, g: torch.save(m.state_dict(), path), 1, when)
+
+    def save(model: Numbers, generation: int) -> None:
+        torch.save(model.state_dict(), path)
+
+    window = time_of(save, Numbers())
+    for _ in range(40):
+        save(Numbers(), 0)
+        killed_in_mid_save(save, 1, when.uniform(0, window))
         try:
             torch.load(path, weights_only=True)
         except Exception:
