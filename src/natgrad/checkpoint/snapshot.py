@@ -29,8 +29,8 @@ from natgrad.errors import ArgumentError, SnapshotError
 def save(path: str | os.PathLike[str], model: nn.Module | None = None, optimizer: Any = None, **extras: Any) -> None:
     """Write a snapshot: one safetensors file, complete or not there at all, with a checksum of all its bytes.
 
-    What ``path`` held before is kept as ``path + ".previous"``. Returns when the file is on the disk. Needs main
-    memory for one more copy of everything.
+    What ``path`` held before is kept as ``path + ".previous"``. Returns when the file is on the disk. While it runs,
+    main memory holds two more copies of everything.
 
     Args:
         path: the file, by custom ``….safetensors``; its folder must exist.
