@@ -134,7 +134,7 @@ def test_failed_runs_are_shown_and_all_failed_is_exit_code_1(monkeypatch):
 @pytest.mark.parametrize(("optimizers", "radius"), [("sgd", False), ("sgd,kfac", True)])
 def test_a_radius_is_explained_where_there_is_one(optimizers, radius):
     result = run("compare", "diabetes", "-o", optimizers, "--seeds", "1", "--steps", "2")
-    assert ("max_kl: radius of the trust region" in result.output) == radius
+    assert ("max_kl: KL of a step" in result.output) == radius
 
 
 def test_tuning_says_what_it_tried():

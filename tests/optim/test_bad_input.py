@@ -26,6 +26,13 @@ CONSTRUCTIONS = {
     "momentum of one": (lambda: ng.NGD(make(), ng.Categorical(), momentum=1.0), "momentum=1.0"),
     "negative decay": (lambda: ng.NGD(make(), ng.Categorical(), weight_decay=-1.0), "weight_decay=-1.0"),
     "average above one": (lambda: ng.KFAC(make(), ng.Categorical(), average=1.5), "average=1.5"),
+    "negative seed": (lambda: ng.KFAC(make(), ng.Categorical(), seed=-1), "seed=-1"),
+    "fractional seed": (lambda: ng.KFAC(make(), ng.Categorical(), seed=1.5), "seed=1.5"),
+    "damping in words": (lambda: ng.NGD(make(), ng.Categorical(), damping="a"), "damping='a'"),
+    "negative damping in a tensor": (
+        lambda: ng.NGD(make(), ng.Categorical(), damping=torch.tensor(-1.0)),
+        "is -1",
+    ),
     "a loss module": (lambda: ng.KFAC(make(), nn.CrossEntropyLoss()), r"ng.Categorical\(\)"),
     "a loss function": (lambda: ng.KFAC(make(), F.cross_entropy), r"ng.Categorical\(\)"),
     "nothing to train": (lambda: ng.KFAC(make().requires_grad_(False), ng.Categorical()), "requires a gradient"),

@@ -143,7 +143,9 @@ def _finish(comparison: Comparison, page: Path) -> None:
     if comparison.runs:
         console.print(table(comparison, console.width))
     if any(info.knob == "max_kl" for info in comparison.optimizers):
-        console.print("max_kl: radius of the trust region, in nats per prediction; lr: learning rate.")
+        console.print(
+            "max_kl: KL of a step in nats per prediction, measured by trust-region, else predicted; lr: learning rate."
+        )
     if comparison.settings.tuning is not None:
         factors = ", ".join(f"{factor:g}" for factor in comparison.settings.tuning.factors)
         console.print(f"† the best of the default setting times {factors}, in full runs on the first seed.")

@@ -37,8 +37,8 @@ class StatisticsSum:
         """The statistics of the whole batch, the same in every process. A collective.
 
         * Moments are added. Where an eigenbasis is new, each process found one from its own part: rank 0's is taken
-          and the others' eigenvalues are carried over to it. A process whose part left a block out (an expert) adds
-          zeros.
+          and the others' eigenvalues are carried over to it, so that their sum stays and each of them is approximate.
+          A process whose part left a block out (an expert) adds zeros.
         * Jacobian rows are gathered, so that every process solves with the Gram matrix of the whole batch.
         * Products are added each time a product is taken.
 

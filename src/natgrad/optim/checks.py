@@ -65,8 +65,12 @@ def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:
         )
 
 
-def check_arguments(lr: float | Tensor, momentum: float, weight_decay: float, average: float, search: Search) -> None:
+def check_arguments(
+    lr: float | Tensor, momentum: float, weight_decay: float, average: float, search: Search, seed: int
+) -> None:
     """Raises ArgumentError for a number out of range, naming the argument."""
+    if not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"seed={seed!r} was given; it must be a whole number of at least 0.")
     _check_number("lr", lr, infinite=isinstance(search, TrustRegion | KLClip | QuadraticFit))
     _check_number("weight_decay", weight_decay)
     for name, value in (("momentum", momentum), ("average", average)):

@@ -122,7 +122,7 @@ class NaturalGradient(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         check_likelihood(likelihood)
-        check_arguments(lr, momentum, weight_decay, average, search)
+        check_arguments(lr, momentum, weight_decay, average, search, seed)
         self.last: Step | None = None
         self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
         self._damping, self._decay, self._refresh, self._seed = as_damping(damping), average, refresh, seed
@@ -256,7 +256,7 @@ class NaturalGradient(torch.optim.Optimizer):
         observation.tape = None  # the layers' inputs are no longer needed
 
     def _reseed(self) -> None:
-        """Start the sampled labels and signs of a step: they depend on nothing but seed, step and process."""
+        """Start the sampled labels and signs of a step: they depend on seed, step, process and the step's passes."""
         words = np.random.SeedSequence((self._seed, self._steps, self._replicas.rank)).generate_state(1)
         self._generator.manual_seed(int(words[0]))
 
@@ -598,7 +598,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
-            self._adapt_damping(step)
+            if bool(_all_finite(gradients)):  # a poisoned batch says nothing about λ
+                self._adapt_damping(step)
         return step, direction
 
     def _together(self, partition: Partition, direction: BlockVector, groups: dict[str, Group]) -> list[dict[str, str]]:

@@ -267,5 +267,18 @@ def _failed(step: Step) -> bool | None:
 
 
 def as_damping(damping: float | Damping) -> Damping:
-    """``damping``, with a number λ read as Constant(λ)."""
-    return Constant(damping) if isinstance(damping, (int, float)) else damping
+    """``damping``, with a number λ (or a 0-d tensor) read as Constant(λ).
+
+    Raises:
+        ArgumentError: it is neither a number nor a rule.
+    """
+    if isinstance(damping, Tensor) and damping.numel() == 1:
+        damping = float(damping)
+    if isinstance(damping, (int, float)) and not isinstance(damping, bool):
+        return Constant(damping)
+    if not (callable(getattr(damping, "amount", None)) and hasattr(damping, "value")):
+        raise ArgumentError(
+            f"damping={damping!r} was given; it must be a number λ ≥ 0 or a rule: Constant, Proportional, "
+            "FactoredTikhonov or LevenbergMarquardt."
+        )
+    return damping  # type: ignore[return-value]

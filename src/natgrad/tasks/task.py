@@ -155,6 +155,8 @@ def validate(task: Task) -> None:
         try:
             with torch.no_grad():
                 output = forward(model.eval(), take(inputs, index))
+                if hasattr(task.likelihood, "check_output"):  # a user's own likelihood may lack it
+                    task.likelihood.check_output(output)
                 loss = mean_nll(task.likelihood, output, take(targets, index))
                 if task.metric is not None:
                     task.metric.function(output, take(targets, index))
