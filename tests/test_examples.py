@@ -60,5 +60,5 @@ def test_examples_are_short_and_all_of_them_are_tested():
     programs = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
     here = "".join(path.read_text() for path in [Path(__file__), *(Path(__file__).parent / "trainers").glob("*.py")])
     for name, text in programs.items():
-        assert len(text.splitlines()) <= 80, name
+        assert len(text.splitlines()) <= 100, name
         assert f'load("{name}")' in here, f"no test runs examples/{name}.py"
