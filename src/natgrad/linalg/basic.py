@@ -85,7 +85,7 @@ class DiagonalMatrix(LinearOperator):
                 f"A diagonal matrix of size {self.shape[0]} has entries (with damping {float(damping):.3g} added) "
                 f"between {float(damped.min()):.3g} and {float(damped.max()):.3g}; all must be finite and above zero. "
                 "Zeros belong to parameters the data says nothing about, negative values to an indefinite matrix: use "
-                "more damping."
+                "more damping, or solver=SaddleFree() for the latter."
             )
         return damped
 
