@@ -179,7 +179,7 @@ def _cholesky_message(damped: Tensor, tried: Tensor, good: Tensor) -> str:
         f"not even in float64 with {float(tried.max()):.3g} added to the diagonal; the smallest eigenvalue (damping "
         f"included) is {worst}. The matrix is indefinite (a Hessian away from a minimum, an asymmetric or corrupted "
         "factor) or damping is far too small for it. Use more damping than the magnitude of that eigenvalue, or a "
-        "positive semidefinite metric such as the Fisher, or solver=SaddleFree(), which takes magnitudes of eigenvalues."
+        "positive semidefinite metric such as the Fisher, or solver=SaddleFree(), for magnitudes of eigenvalues."
     )
 
 
