@@ -71,12 +71,16 @@ class Observation:
         state, life = weakref.ref(self), _Life()
         self.source, self.output, self._life = weakref.ref(output), output.detach(), weakref.ref(life)
 
-        def reached(gradient: Tensor, life: _Life = life) -> None:
+        def reached(life: _Life = life) -> None:
             seen = state()
             if seen is not None and not seen._own:
                 seen.reached = True
 
-        output.register_hook(reached)
+        node, index = _before_conversions(output)
+        if node is output.grad_fn or node is None:
+            output.register_hook(lambda gradient: reached())
+        else:  # the loss may be made of what was converted, as where accelerate returns float32 from a bfloat16 pass
+            node.register_prehook(lambda gradients: reached() if gradients[index] is not None else None)
 
     @contextmanager
     def differentiating(self, output: Tensor) -> Iterator[Tape]:
@@ -88,6 +92,14 @@ class Observation:
             yield tape
         finally:
             tape.output, self._own = None, False
+
+
+def _before_conversions(output: Tensor) -> tuple[Any, int]:
+    """The node of the graph that made ``output``, but for conversions of its dtype, and which of its outputs it is."""
+    node, index = output.grad_fn, output.output_nr
+    while node is not None and node.name() == "ToCopyBackward0":
+        node, index = node.next_functions[0]
+    return node, index
 
 
 def unwrapped(output: Tensor) -> Tensor:
