@@ -21,7 +21,7 @@ from torch import nn
 import natgrad as ng
 from natgrad.tasks.stdlib import ALPHABET, character_windows, encode
 
-GRID, LENGTH = (3e-3, 1e-2, 3e-2, 1e-1), 32
+GRID, LENGTH = (1e-2, 3e-2, 1e-1), 32
 Rows = list[dict[str, Any]]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import natgrad as ng
 
-GRID = (3e-3, 1e-2, 3e-2, 1e-1)
+GRID = (3e-3, 1e-2, 3e-2)
 SETTINGS = {"likelihood": ng.Categorical(), "lr": 0.3, "search": ng.KLClip(3e-3)}
 Rows = list[dict[str, Any]]
 
