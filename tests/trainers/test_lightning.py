@@ -11,7 +11,7 @@ from torch import Tensor
 
 import natgrad as ng
 
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning.*", "ignore:isinstance.treespec")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning.*")
 lightning = pytest.importorskip("lightning")
 from test_examples import load  # noqa: E402
 
@@ -126,3 +126,20 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run(tmp_path):
     example.train(resumed, epochs=4, resume=tmp_path / "half.ckpt")
     for name, p in resumed.named_parameters():
         assert torch.equal(p, straight[name]), name
+
+
+def test_labels_are_given_through_the_wrapped_optimizer():
+    """Damping that follows the measured loss needs the labels."""
+
+    class Measured(example.Autoencoder):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            damping = ng.LevenbergMarquardt(ng.FactoredTikhonov(1e-2))
+            return ng.KFAC(self.network, ng.Bernoulli(), damping=damping)
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            output = self.network(batch[0])
+            self.optimizers().optimizer.observe(output, batch[0])
+            return torch.nn.functional.binary_cross_entropy_with_logits(output, batch[0], reduction="sum") / 150
+
+    _, optimizer = trained(Measured, epochs=1, max_steps=3)
+    assert optimizer.last.loss_change_measured < 0
