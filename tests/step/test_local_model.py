@@ -137,3 +137,12 @@ def test_a_step_measured_afterwards():
     for trial in (Trial(torch.tensor(math.nan)), Trial(torch.tensor(0.1), torch.tensor(math.inf))):
         bad = step.measured(trial, torch.tensor(3.0))
         assert bad.delta is None and bad.accepted is False and bad.kl_measured == 0
+
+
+def test_a_negative_curvature_predicts_its_size_as_kl_and_its_sign_in_the_change_of_the_loss():
+    metric = {"a": DenseMatrix(torch.diag(torch.tensor([1.0, -3.0], dtype=torch.float64)))}
+    vector = {"a": torch.tensor([0.5, 1.0], dtype=torch.float64)}
+    ray = LocalModel(vector, metric, {}, 0.0).ray(vector)
+    t = float(ray.scale)
+    assert float(ray.kl(t)) == pytest.approx(0.5 * abs(0.25 - 3.0))
+    assert float(ray.change(t)) == pytest.approx(0.5 * (0.25 - 3.0) - 1.25)

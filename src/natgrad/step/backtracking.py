@@ -47,7 +47,7 @@ def backtrack(
                 delta=delta,
                 accepted=True,
                 lr=t / scale,
-                kl_predicted=0.5 * curvature * t * t,
+                kl_predicted=0.5 * abs(curvature) * t * t,
                 kl_measured=kl,
                 loss_change_predicted=0.5 * curvature * t * t - slope * t,
                 loss_change_measured=change,

@@ -107,7 +107,7 @@ class Ray:
 
     @property
     def bound(self) -> Tensor:
-        """uᵀ(|F| + λI)u, 0-d: what limits the length of a step.
+        """|uᵀFu| + λuᵀu, 0-d: what limits the length of a step.
 
         The metric of a batch is blind outside the span of its rows, and there the damping alone has made the direction
         long; it must be what keeps the step short, too. TRPO's implementation bounds with the damped matrix as well.
@@ -131,12 +131,12 @@ class Ray:
         return min((torch.finfo(u.dtype).max for u in self.unit.values()), default=math.inf)
 
     def kl(self, t: Scalar) -> Tensor:
-        """½ t² uᵀFu: the KL divergence that the metric predicts at Δ(t)."""
-        return 0.5 * self.curvature * t * t
+        """½ t² |uᵀFu|: the KL divergence that the metric predicts at Δ(t); of a negative curvature, its size."""
+        return 0.5 * self.curvature.abs() * t * t
 
     def change(self, t: Scalar) -> Tensor:
         """−t gᵀu + ½ t² uᵀFu: the change of the loss that the local model predicts at Δ(t)."""
-        return self.kl(t) - t * self.slope
+        return 0.5 * self.curvature * t * t - t * self.slope
 
     def delta(self, t: Scalar) -> BlockVector:
         """Δ(t) = −t u."""

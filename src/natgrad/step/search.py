@@ -72,7 +72,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class KLClip:
-    """Δ = −s·d with s = lr·min(1, √(max_kl / b)), b = ½ (lr d)ᵀ(|F| + λI)(lr d): the whole step is judged.
+    """Δ = −s·d with s = lr·min(1, √(max_kl / b)), b = ½ lr² (|dᵀFd| + λdᵀd): the whole step is judged.
 
     The bound is on the KL that the metric predicts plus what the damping adds: outside the span of a batch's rows the
     metric is zero, and the damping alone keeps the step short. Nothing is measured and nothing waits for the device. A
