@@ -491,6 +491,30 @@ def check_step_hook(info: Any, when: str) -> None:
         assert len(calls) == 2
 
 
+IGNORED = pytest.mark.xfail(
+    strict=True, reason="load_state_dict takes its tensors from the state it was given, not from what a hook returned"
+)
+
+
+@pytest.mark.parametrize("returns", [pytest.param(True, marks=IGNORED), False])
+def test_a_hook_may_change_the_tensors_that_are_loaded(returns):
+    """As torch's documentation says it may, in place or by returning another state."""
+    info = next(info for info in INFOS if info.name == "NGD")
+    optimizer = stepped(info, {"likelihood": likelihood(), "momentum": 0.9, "lr": 0.1})
+
+    def forget(optimizer: Any, state: dict[str, Any]) -> Any:
+        mine = deepcopy(state) if returns else state
+        for own in mine["state"].values():
+            own["momentum"] = torch.zeros_like(own["momentum"])
+        return mine if returns else None
+
+    saved = deepcopy(optimizer.state_dict())
+    assert all(bool(own["momentum"].any()) for own in optimizer.state.values())
+    optimizer.register_load_state_dict_pre_hook(forget)
+    optimizer.load_state_dict(saved)
+    assert not any(bool(own["momentum"].any()) for own in optimizer.state.values())
+
+
 @each_preset
 def test_step_pre_hook(info):
     check_step_hook(info, "pre")
