@@ -93,7 +93,7 @@ def test_memory_does_not_grow(preset, steps):
 
 @pytest.mark.slow
 def test_python_allocates_no_more_later_than_earlier():
-    """By tracemalloc, once the allocator has come to rest: at first, blocks that are merely used anew count as growth."""
+    """By tracemalloc, when the allocator has come to rest: at first, blocks that are used anew count as growth."""
     model, optimizer = make("kfac")
     train(model, optimizer, 0, 20)
     tracemalloc.start()
