@@ -127,6 +127,18 @@ class Partition:
         """Block vectors from named tensors ``[*batch, *shape]``."""
         return {block.name: block.pack(tensors) for block in self.blocks}
 
+    def pack_present(self, tensors: Mapping[str, Tensor]) -> BlockVector:
+        """Vectors of the blocks that have any of ``tensors``; a missing one inside such a block counts as zero."""
+        shapes = self.shapes
+        out: BlockVector = {}
+        for block in self.blocks:
+            present = [n for n in block.parameters if n in tensors]
+            if present:
+                like = tensors[present[0]]
+                whole = {n: tensors[n] if n in tensors else like.new_zeros(shapes[n]) for n in block.parameters}
+                out[block.name] = block.pack(whole)
+        return out
+
     def unpack(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Named tensors from block vectors."""
         out: dict[str, Tensor] = {}

@@ -124,8 +124,3 @@ def common(groups: Sequence[Group], option: str, why: str) -> Any:
     if not all(_same(value, values[0]) for value in values):
         raise ArgumentError(f"Groups with {option} {values} cannot take one step together: {why}")
     return values[0]
-
-
-def moved(vectors: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, Tensor]:
-    """Named tensors times their ratios; the same objects where a ratio is 1."""
-    return {name: v if ratios[name] == 1.0 else v * ratios[name] for name, v in vectors.items()}

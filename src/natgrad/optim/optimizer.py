@@ -16,8 +16,8 @@ from natgrad.distributed import Replicas, StatisticsSum
 from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotObservedError, UnsupportedError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
-from natgrad.linalg import Solver
-from natgrad.metric import Euclidean, Fisher, Metric, Moments, Statistics
+from natgrad.linalg import LinearOperator, Solver
+from natgrad.metric import Euclidean, Fisher, Hessian, Metric, Moments, Statistics
 from natgrad.metric.running import Refresh
 from natgrad.network import BlockVector, Partition, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
@@ -33,13 +33,13 @@ from natgrad.optim.groups import (
     damping_of,
     divisions,
     group_of,
-    moved,
-    rate_ratio,
     reference_rate,
     search_of,
     set_division,
 )
+from natgrad.optim.momentum import Momentum
 from natgrad.optim.observer import Observation, Observer, unwrapped
+from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
 from natgrad.step.local import joined, largest, rejected
@@ -363,11 +363,11 @@ class NaturalGradient(torch.optim.Optimizer):
             empty = self._metric.no_statistics(self._network, curvature.partition)
             assert isinstance(empty, Moments)
             curvature.prime(empty, self._dampings(curvature.partition), self._solver)
-        for name, group in self._groups().items():
-            if group["momentum"] and not isinstance(self._search, QuadraticFit):
-                self.state[self._named()[name]]["momentum"] = torch.zeros_like(gradients[name])
-            if isinstance(self._search, QuadraticFit):
-                self.state[self._named()[name]]["previous"] = torch.zeros_like(gradients[name])
+        parameters = self._named()
+        Momentum(self.state, parameters, self._momenta(self._groups())).prime(gradients)
+        if isinstance(self._search, QuadraticFit):
+            for name, g in gradients.items():
+                self.state[parameters[name]]["previous"] = torch.zeros_like(g)
         self._count()
 
     @torch.no_grad()
@@ -383,7 +383,7 @@ class NaturalGradient(torch.optim.Optimizer):
         try:
             with full_precision(self._device):
                 curvature = self._update_curvature(observations, gradients)
-                direction = self._precondition(curvature, gradients)
+                direction = preconditioned(curvature, gradients)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
                 raise
@@ -521,28 +521,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def _needs_probe(self) -> bool:
         return self._search.needs_probe or self._damping.needs_loss
 
-    def _precondition(self, curvature: Curvature, gradients: dict[str, Tensor]) -> BlockVector:
-        vectors = self._pack(curvature.partition, gradients)
-        direction = {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
-        moved = curvature.partition.unpack(direction)
-        if len(moved) == len(gradients):
-            return direction
-        # A parameter without gradient stays where it is, even where its block couples it to others.
-        return self._pack(curvature.partition, {n: d for n, d in moved.items() if n in gradients})
-
-    @staticmethod
-    def _pack(partition: Partition, tensors: dict[str, Tensor]) -> BlockVector:
-        """Vectors of the blocks that have any gradient; a missing one inside such a block counts as zero."""
-        shapes = partition.shapes
-        out: BlockVector = {}
-        for block in partition.blocks:
-            present = [n for n in block.parameters if n in tensors]
-            if present:
-                like = tensors[present[0]]
-                whole = {n: tensors[n] if n in tensors else like.new_zeros(shapes[n]) for n in block.parameters}
-                out[block.name] = block.pack(whole)
-        return out
-
     def _search_step(
         self,
         curvature: Curvature,
@@ -558,9 +536,10 @@ class NaturalGradient(torch.optim.Optimizer):
             gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
         else:
             decay = {}
-        averaged = self._with_momentum(gradients, groups)
-        direction = self._precondition(curvature, averaged)
-        gradient = self._pack(partition, gradients)
+        momentum = Momentum(self.state, parameters, self._momenta(groups))
+        averaged = momentum.averaged(gradients)
+        direction = preconditioned(curvature, averaged)
+        gradient = partition.pack_present(gradients)
         probe, loss = None, None
         if self._needs_probe():
             sign = -1.0 if common(self.param_groups, "maximize", "the loss is measured.") else 1.0
@@ -583,18 +562,18 @@ class NaturalGradient(torch.optim.Optimizer):
             reference = reference_rate(of)
             local = LocalModel(
                 {name: gradient[name] for name in members},
-                {name: curvature.operators[name] for name in members},
+                {name: self._curvature_of_loss(curvature.operators[name], groups[members[name]]) for name in members},
                 {name: curvature.inverses[name] for name in members},
                 next(iter(dampings.values())).value,
                 loss=loss if isinstance(loss, Tensor) else None,
-                previous=self._previous(partition, vectors),
+                previous=self._previous(partition, vectors, parameters),
                 block_damping={name: dampings[name].amount(curvature.operators[name]) for name in members},
             )
             search = search_of(of[0], self._search)
-            steps.append(search(local, self._at_rates(partition, vectors, groups, reference), reference, probe))
+            steps.append(search(local, at_rates(partition, vectors, groups, reference), reference, probe))
         step = joined(steps)
         if step.delta is not None:
-            self._keep_momentum(averaged, gradients, groups)  # a rejected step leaves no trace in it
+            momentum.keep(averaged, _all_finite(gradients))  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
@@ -612,57 +591,31 @@ class NaturalGradient(torch.optim.Optimizer):
         kinds = sorted({groups[name][checkpoint.DIVISION] for name in first.values()})
         return [{b: n for b, n in first.items() if groups[n][checkpoint.DIVISION] == kind} for kind in kinds]
 
-    def _at_rates(
-        self, partition: Partition, vectors: BlockVector, groups: dict[str, Group], reference: float | Tensor
-    ) -> BlockVector:
-        """The direction, each parameter's part times its learning rate over ``reference``."""
-        named = partition.unpack(vectors)
-        ratios = {name: rate_ratio(groups[name], reference) for name in named}
-        if all(ratio == 1.0 for ratio in ratios.values()):
-            return vectors
-        return self._pack(partition, moved(named, ratios))
+    def _curvature_of_loss(self, operator: LinearOperator, group: Group) -> LinearOperator:
+        """The curvature of what is minimised: of −loss where it is maximised, if the metric is that of the loss."""
+        return -1.0 * operator if group["maximize"] and isinstance(self._metric, Hessian) else operator
+
+    def _momenta(self, groups: dict[str, Group]) -> dict[str, float]:
+        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
+        fitted = isinstance(self._search, QuadraticFit)
+        return {name: 0.0 if fitted else group["momentum"] for name, group in groups.items()}
+
+    def _previous(
+        self, partition: Partition, direction: BlockVector, parameters: dict[str, nn.Parameter]
+    ) -> BlockVector | None:
+        if not isinstance(self._search, QuadraticFit):
+            return None
+        found = {n: self.state[p]["previous"] for n, p in parameters.items() if "previous" in self.state[p]}
+        if not found:
+            return None
+        vectors = partition.pack_present(found)
+        return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
 
     def _adapt_damping(self, step: Step) -> None:
         """Let the rule judge the step; every group's λ follows it."""
         for group in self.param_groups:
             group["damping"] = damping_of(group, self._damping).update(step).value
         self._damping = self._damping.update(step)
-
-    def _momentum(self, group: Group) -> float:
-        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
-        return 0.0 if isinstance(self._search, QuadraticFit) else group["momentum"]
-
-    def _with_momentum(self, gradients: dict[str, Tensor], groups: dict[str, Group]) -> dict[str, Tensor]:
-        """``m ← μ m + g``, not kept yet."""
-        parameters = self._named()
-        averaged: dict[str, Tensor] = {}
-        for name, g in gradients.items():
-            momentum = self._momentum(groups[name])
-            before = self.state[parameters[name]].get("momentum") if momentum else None
-            averaged[name] = g if before is None else before * momentum + g
-        return averaged
-
-    def _keep_momentum(
-        self, averaged: dict[str, Tensor], gradients: dict[str, Tensor], groups: dict[str, Group]
-    ) -> None:
-        """Keep ``averaged`` for the next step; what was there stays where the gradient is not finite."""
-        parameters = self._named()
-        kept = {n: m for n, m in averaged.items() if self._momentum(groups[n])}
-        if not kept:
-            return
-        finite = _all_finite(gradients)
-        for name, m in kept.items():
-            state = self.state[parameters[name]]
-            state["momentum"] = torch.where(finite, m, state.get("momentum", torch.zeros_like(m)))
-
-    def _previous(self, partition: Partition, direction: BlockVector) -> BlockVector | None:
-        if not isinstance(self._search, QuadraticFit):
-            return None
-        found = {n: self.state[p]["previous"] for n, p in self._named().items() if "previous" in self.state[p]}
-        if not found:
-            return None
-        vectors = self._pack(partition, found)
-        return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
 
     def _apply(self, step: Step, direction: BlockVector) -> None:
         assert self._curvature is not None

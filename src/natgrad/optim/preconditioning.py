@@ -1,0 +1,34 @@
+"""From gradients by name to the damped natural gradient by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from natgrad.network import BlockVector, Partition
+from natgrad.optim.curvature import Curvature
+from natgrad.optim.groups import Group, rate_ratio
+
+
+def preconditioned(curvature: Curvature, gradients: Mapping[str, Tensor]) -> BlockVector:
+    """``(F + λI)⁻¹ g`` of the blocks that have any gradient."""
+    partition = curvature.partition
+    vectors = partition.pack_present(gradients)
+    direction = {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
+    found = partition.unpack(direction)
+    if len(found) == len(gradients):
+        return direction
+    # A parameter without gradient stays where it is, even where its block couples it to others.
+    return partition.pack_present({n: d for n, d in found.items() if n in gradients})
+
+
+def at_rates(
+    partition: Partition, vectors: BlockVector, groups: Mapping[str, Group], reference: float | Tensor
+) -> BlockVector:
+    """``vectors``, each parameter's part times its group's learning rate over ``reference``."""
+    named = partition.unpack(vectors)
+    ratios = {name: rate_ratio(groups[name], reference) for name in named}
+    if all(ratio == 1.0 for ratio in ratios.values()):
+        return vectors
+    return partition.pack_present({name: v * ratios[name] for name, v in named.items()})
