@@ -26,25 +26,22 @@ Rows = list[dict[str, Any]]
 
 
 class Factory:  # what is no optimizer class, the Trainer makes without arguments and calls with the model
-    def __call__(self, model: nn.Module, **settings: Any) -> ng.KFAC:
-        return ng.KFAC(model, ng.Categorical(), **settings)
-
-
-KFAC = (Factory, {"lr": 0.3, "search": ng.KLClip(1e-2)})
+    def __call__(self, model: nn.Module) -> ng.KFAC:
+        return ng.KFAC(model, ng.Categorical(), lr=0.3, search=ng.KLClip(1e-2))
 
 
 def code_and_prose() -> list[Rows]:
     """Windows of source code; of the manual, to train on; and of the manual, held back."""
     manual = encode("\n".join(topics.values())[:40_000]).unfold(0, LENGTH, LENGTH)
     parts = character_windows(40_000, LENGTH - 1)[0], manual[:1000], manual[1000:]
-    return [[{"input_ids": window, "labels": window} for window in windows] for windows in parts]
+    return [[{"input_ids": window, "labels": window} for window in part] for part in parts]
 
 
 def llama() -> nn.Module:
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = transformers.LlamaConfig(**size, vocab_size=len(ALPHABET), initializer_range=0.15)
-    return transformers.LlamaForCausalLM(config)
+    size |= {"vocab_size": len(ALPHABET), "initializer_range": 0.15}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
 
 
 def adapted(model: nn.Module) -> Any:
@@ -53,10 +50,10 @@ def adapted(model: nn.Module) -> Any:
 
 
 def trainer(model: nn.Module, rows: Rows, out: str, optimizer: Any = None, **settings: Any) -> transformers.Trainer:
-    usual = {"max_steps": 30, "per_device_train_batch_size": 32, "use_cpu": True, "report_to": "none"}
-    quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
-    arguments = transformers.TrainingArguments(out, **usual | quiet | settings)
-    run = transformers.Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=optimizer)
+    usual = {"max_steps": 30, "per_device_train_batch_size": 32, "use_cpu": True}
+    usual |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"} | settings
+    args = transformers.TrainingArguments(out, **usual)
+    run = transformers.Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=optimizer)
     run.remove_callback(transformers.PrinterCallback)
     return run
 
@@ -65,14 +62,15 @@ def main() -> dict[str, list[float]]:
     """Train, print and return the losses on the manual's two parts."""
     (code, *prose), model = code_and_prose(), llama()
     with TemporaryDirectory() as out:
-        trainer(model, code, out, KFAC).train()
+        trainer(model, code, out, (Factory, {})).train()
         runs = {f"AdamW {lr}": trainer(adapted(model), prose[0], out, learning_rate=lr) for lr in GRID}
-        runs["K-FAC"] = trainer(adapted(model), prose[0], out, KFAC)
+        runs["K-FAC"] = trainer(adapted(model), prose[0], out, (Factory, {}))
         for run in runs.values():
+            torch.manual_seed(0)  # the same batches in the same order
             run.train()
         found = {name: [run.evaluate(rows)["eval_loss"] for rows in prose] for name, run in runs.items()}
-    for name, (loss, held_out) in found.items():
-        print(f"{name}: training loss {loss:.3f} nats per character, held-out loss {held_out:.3f}")
+    for name, losses in found.items():
+        print(f"{name}: {losses[0]:.3f} nats per character in training, {losses[1]:.3f} held out")
     return found
 
 

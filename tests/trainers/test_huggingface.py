@@ -193,9 +193,9 @@ def test_only_adapters_train_and_each_is_covered(tmp_path, form):
     model = lora.adapted(lora.llama())
     before = parameters(model)
     if form == "factory":
-        run = lora.trainer(model, prose, str(tmp_path), lora.KFAC, max_steps=3)
+        run = lora.trainer(model, prose, str(tmp_path), (lora.Factory, {}), max_steps=3)
     else:  # no adapter is free of decay: one of the Trainer's two groups is empty
-        run = lora.trainer(model, prose, str(tmp_path), (ng.KFAC, lora.KFAC[1] | {"likelihood": ng.Categorical()}))
+        run = lora.trainer(model, prose, str(tmp_path), (ng.KFAC, {"likelihood": ng.Categorical()}))
         run.args.max_steps = 3
         run.create_optimizer().attach(model)
     run.train()
