@@ -56,11 +56,12 @@ def options(preset: str, control: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Combination:
-    """A preset with one control of its steps, at one precision of the parameters."""
+    """A preset with one control of its steps, at one precision of the parameters, with batch normalisation or not."""
 
     preset: str
     control: str
     dtype: str
+    norm: bool = True
 
     @property
     def name(self) -> str:
@@ -74,7 +75,8 @@ class Combination:
     def start(self) -> tuple[nn.Module, ng.NaturalGradient]:
         """The model at its first parameters, with its optimizer. Leaves the global random stream at a fixed place."""
         torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
+        norm = nn.BatchNorm1d(6) if self.norm else nn.Identity()
+        model = nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
         model.to(DTYPES[self.dtype])
         return model, PRESETS[self.preset](model, ng.Categorical(), **options(self.preset, self.control))
 
