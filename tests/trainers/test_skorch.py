@@ -43,7 +43,6 @@ def test_kfac_ends_below_sgd_at_its_best_rate():
     assert losses["K-FAC"] < 0.1 < 1 < min(sgd)
 
 
-@pytest.mark.xfail(reason="step() runs a closure without gradients where no module is attached", strict=False)
 def test_without_attach_the_error_says_what_to_do():
     net = skorch.NeuralNetClassifier(
         example.mlp, optimizer=ng.KFAC, optimizer__likelihood=ng.Categorical(), lr=1.0,

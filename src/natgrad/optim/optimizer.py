@@ -307,9 +307,12 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             NotObservedError: curvature is needed and no training pass was observed.
         """
-        if self._model is None and self._idle():
-            return Evaluation(closure() if closure is not None else None).loss
-        self._network  # noqa: B018
+        if self._model is None:
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            if self._idle():
+                return loss
+        self._network  # noqa: B018  (an error where there is none)
         evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
         with self._settled():
             self._take_step(evaluation)
