@@ -48,10 +48,13 @@ def test_resume_in_a_fresh_process_is_bitwise(tmp_path):
 def test_resume_after_many_kills_is_bitwise(tmp_path):
     """kill -9 at random moments of training and saving, until the run has ended."""
     whole, killed, when, kills = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0
+    run(tmp_path / "warm", STEPS, torch.float32)
+    started = time.perf_counter()
     run(whole, STEPS, torch.float32)
+    seconds = time.perf_counter() - started
     while not killed.exists() or ng.load(killed)["step"] < STEPS:
         child = forked(lambda: run(killed, STEPS, torch.float32) and None)
-        time.sleep(when.uniform(0.02, 0.2) * (1 + kills / 20))  # on a busy machine too there is progress
+        time.sleep(seconds * when.uniform(0.1, 0.6) * (1 + kills / 20))  # on a busy machine too there is progress
         os.kill(child, signal.SIGKILL)
         kills += exit_code(child) == -signal.SIGKILL
     assert kills >= 2
