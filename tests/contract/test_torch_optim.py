@@ -491,12 +491,7 @@ def check_step_hook(info: Any, when: str) -> None:
         assert len(calls) == 2
 
 
-IGNORED = pytest.mark.xfail(
-    strict=True, reason="load_state_dict takes its tensors from the state it was given, not from what a hook returned"
-)
-
-
-@pytest.mark.parametrize("returns", [pytest.param(True, marks=IGNORED), False])
+@pytest.mark.parametrize("returns", [True, False])
 def test_a_hook_may_change_the_tensors_that_are_loaded(returns):
     """As torch's documentation says it may, in place or by returning another state."""
     info = next(info for info in INFOS if info.name == "NGD")

@@ -34,7 +34,6 @@ def finite(tensors) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-@pytest.mark.xfail(strict=True, reason="weight decay multiplies by 1 − lr·w, which is −∞ where lr is infinite")
 def test_an_infinite_lr_and_weight_decay():
     """A step (decayed by the length that was taken) or an error; not parameters of −∞."""
     model, x, y = problem()
@@ -48,7 +47,6 @@ def test_an_infinite_lr_and_weight_decay():
     assert finite(model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="precondition_ returns before it zeroes where every pass was left out")
 def test_a_gradient_of_nan_becomes_zero_in_precondition_where_no_pass_is_of_use():
     model, x, y = problem()
     optimizer = ng.NaturalGradient(model, ng.Categorical(), metric=EXACT)
@@ -63,7 +61,7 @@ def test_a_gradient_of_nan_becomes_zero_in_precondition_where_no_pass_is_of_use(
         ng.Dense(),
         ng.Kronecker(),
         ng.MatrixFree(),
-        pytest.param(ng.Gram(), marks=pytest.mark.xfail(strict=True, reason="rows of 0/0 reach the solve")),
+        ng.Gram(),
     ],
     ids=str,
 )
@@ -105,7 +103,6 @@ def test_steps_near_the_largest_number_stay_finite(metric, search, dtype):
         assert finite(model.parameters()), optimizer.last
 
 
-@pytest.mark.xfail(strict=True, reason="a finite step is added to a finite parameter, and the sum overflows")
 @pytest.mark.parametrize(
     ("search", "dtype", "metric"),
     [
@@ -123,12 +120,11 @@ def test_sums_that_overflow_do_not_reach_the_parameters(search, dtype, metric):
         assert finite(model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="momentum is kept where the gradient is finite, though the average overflowed")
 def test_momentum_that_overflows_is_not_kept():
     """Else it is infinite for ever, and no later step is ever taken."""
     model, x, y = problem()
     optimizer = ng.NaturalGradient(
-        model, ng.Categorical(), metric=ng.Euclidean(), momentum=0.9, lr=1e-3, search=ng.LearningRate()
+        model, ng.Categorical(), metric=ng.Euclidean(), momentum=0.9, lr=1e-3, search=ng.LearningRate(predict=False)
     )
     step(model, optimizer, x, y)
     for _ in range(3):

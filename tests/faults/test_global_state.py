@@ -123,7 +123,6 @@ def test_the_comparison_can_fail():
     assert not same(train(ng.KFAC, seed=1), undisturbed(ng.KFAC))
 
 
-@pytest.mark.xfail(strict=True, reason="state['step'] takes the default dtype: bfloat16 cannot count beyond 256")
 def test_steps_are_counted_whatever_the_default_dtype():
     with default_dtype(torch.bfloat16):
         model = nn.Linear(2, 2).float()
@@ -164,15 +163,7 @@ def test_data_made_in_inference_mode(preset):
     assert not torch.equal(before, model.head.weight)
 
 
-INSIDE = [
-    pytest.param(p, marks=pytest.mark.xfail(strict=True, reason="the replay needs a graph: a bare error of torch's"))
-    if p is ng.TrustRegionNGD
-    else p
-    for p in PRESETS
-]
-
-
-@pytest.mark.parametrize("preset", INSIDE, ids=lambda p: p.__name__)
+@every_preset
 def test_a_step_inside_inference_mode(preset):
     """Parameters are ordinary tensors, so that torch's own optimizers step there, too."""
     model = Net()

@@ -19,11 +19,11 @@ EXACT_KFAC = ng.Fisher(ng.Exact(), ng.Kronecker())
 # name: (class, options, what to tell check_optimizer)
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "ngd": (ng.NGD, {"lr": 0.1}, {}),
-    "diagonal": (ng.DiagonalNGD, {}, {"sampled": True}),
+    "diagonal": (ng.DiagonalNGD, {}, {}),
     "diagonal_exact": (ng.DiagonalNGD, {"estimate": ng.Exact()}, {}),
-    "block": (ng.BlockNGD, {}, {"sampled": True}),
+    "block": (ng.BlockNGD, {}, {}),
     "block_exact": (ng.BlockNGD, {"estimate": ng.Exact()}, {}),
-    "kfac": (ng.KFAC, {}, {"sampled": True}),
+    "kfac": (ng.KFAC, {}, {}),
     "kfac_exact": (ng.KFAC, {"estimate": ng.Exact(), "structure": ng.Kronecker.reduce()}, {}),
     "kfac_empirical": (ng.KFAC, {"estimate": ng.Empirical()}, {"observe": True}),
     "ekfac": (ng.EKFAC, {}, {"sampled": True}),
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"estimate": ng.Exact(), "average": 0.0},
         {"sampled": True},
     ),  # each micro-batch is projected on the first one's basis
-    "gram": (ng.GramNGD, {}, {"sampled": True}),
+    "gram": (ng.GramNGD, {}, {}),
     "gram_exact": (ng.GramNGD, {"estimate": ng.Exact()}, {}),
     "hessian_free": (ng.HessianFree, {"solver": CG(tolerance=1e-12, max_iterations=200)}, {"observe": True}),
     "gauss_newton": (ng.GaussNewton, {}, {"observe": True}),
@@ -72,6 +72,7 @@ def test_classification(name):
 @pytest.mark.parametrize("name", ["kfac", "gram_exact", "trust_region_labels"])
 def test_regression(name):
     kind, options, laws = CASES[name]
+    laws = laws | {"sampled": name == "kfac"}  # torch draws normal numbers of a batch otherwise than of its parts
     check_optimizer(lambda model: kind(model, ng.Gaussian(), **options), problem=REGRESSION, **laws)
 
 
@@ -142,4 +143,4 @@ def test_the_check_finds_defects(defect):
 
 def test_the_check_finds_micro_batches_that_do_not_add_up():
     with pytest.raises(AssertionError, match="micro-batches"):
-        check_optimizer(lambda model: ng.KFAC(model, ng.Categorical()))
+        check_optimizer(lambda model: ng.EKFAC(model, ng.Categorical()))  # the first one's basis serves all

@@ -7,7 +7,6 @@ steps once without a closure, to have the state laid out. That step must change 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FLOAT32 = [replace(c, norm=False) for c in runs.COMBINATIONS if c.dtype == "float32"]
 
 
-def defective(reason: str, which: Callable[[runs.Combination], bool], cases: list[runs.Combination]) -> Any:
-    """The cases, of which some show a defect."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(c, id=c.name, marks=[mark] if which(c) else []) for c in cases]
+def cases(combinations: list[runs.Combination]) -> list[Any]:
+    return [pytest.param(c, id=c.name) for c in combinations]
 
 
-def keeps_nothing(c: runs.Combination) -> bool:
-    """Whether some parameter has no state of its own: no momentum, no previous step, no block under its name."""
-    if c.preset in ("KFAC", "EKFAC", "BlockNGD"):
-        return c.control == "radius"
-    return c.preset in UNAVERAGED or c.preset == "GaussNewton" or (c.preset == "NGD" and c.control != "momentum")
-
-
-UNAVERAGED = ("GramNGD", "HessianFree", "Newton", "TrustRegionNGD")
-NO_STEP = "a parameter that keeps nothing else has no state, not even the step, and torch then refuses to load"
 each_layout = pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
 
 
@@ -65,7 +53,7 @@ def through_a_checkpoint(
 
 
 @each_layout
-@pytest.mark.parametrize("combination", defective(NO_STEP, keeps_nothing, FLOAT32))
+@pytest.mark.parametrize("combination", cases(FLOAT32))
 def test_resume_into_an_optimizer_that_has_never_stepped_is_bitwise(combination, flatten, tmp_path):
     model, optimizer = combination.start()
     runs.train(model, optimizer, 0, runs.CUT)
@@ -89,7 +77,7 @@ NORMED = [runs.Combination(preset, "default", "float32") for preset in runs.PRES
 @pytest.mark.parametrize(
     "combination",
     [
-        *defective(NO_STEP, keeps_nothing, NORMED),
+        *cases(NORMED),
         pytest.param(runs.Combination("DiagonalNGD", "default", "float32"), id="DiagonalNGD", marks=DIVIDED),
     ],
 )
@@ -110,9 +98,7 @@ BFLOAT16 = [runs.Combination(preset, "default", "bfloat16", norm=False) for pres
 
 
 @each_layout
-@pytest.mark.parametrize(
-    "combination", defective(NO_STEP, lambda c: keeps_nothing(c) and c.preset != "GramNGD", BFLOAT16)
-)
+@pytest.mark.parametrize("combination", cases(BFLOAT16))
 def test_resume_into_an_optimizer_that_has_stepped_is_bitwise(combination, flatten, tmp_path):
     """What it had of its own is replaced."""
     model, optimizer = combination.start()
@@ -130,7 +116,7 @@ def test_resume_into_an_optimizer_that_has_stepped_is_bitwise(combination, flatt
 
 @pytest.mark.parametrize(
     "combination",
-    defective("the first statistics meet the eigenbasis laid out", lambda c: c.preset == "EKFAC", FLOAT32),
+    cases(FLOAT32),
 )
 def test_the_step_that_lays_out_the_state_changes_nothing_else(combination):
     """Zero gradients, no pass, rates of zero and tensors of zero elements alike: the same run afterwards."""
@@ -149,7 +135,7 @@ def test_the_step_that_lays_out_the_state_changes_nothing_else(combination):
     assert differences(*outcomes) == []
 
 
-@pytest.mark.parametrize("combination", defective("nothing is laid out", lambda c: c.preset in UNAVERAGED, FLOAT32))
+@pytest.mark.parametrize("combination", cases(FLOAT32))
 def test_the_state_laid_out_has_the_layout_of_the_state_after_a_step(combination):
     """The same entries, shapes and dtypes: a checkpoint loads into what is there, and into nothing else."""
     layouts = []
@@ -168,7 +154,6 @@ def test_the_state_laid_out_has_the_layout_of_the_state_after_a_step(combination
     assert layouts[0] == layouts[1]
 
 
-@pytest.mark.xfail(strict=True, reason=NO_STEP)
 @each_layout
 def test_groups_go_through_a_checkpoint(flatten, tmp_path):
     """Each with its options."""

@@ -185,7 +185,7 @@ def test_bfloat16_autocast(rows, tmp_path):
     "form",
     [
         "factory",
-        pytest.param("class", marks=pytest.mark.xfail(reason="a group without parameters is refused", strict=False)),
+        "class",
     ],
 )
 def test_only_adapters_train_and_each_is_covered(tmp_path, form):

@@ -76,7 +76,9 @@ class JacobianRoot(LinearOperator):
     def __init__(self, rows: Sequence[Rows | None], sizes: Sequence[int], normaliser: Tensor) -> None:
         k, n, _ = next(r for r in rows if r is not None).shape
         super().__init__((sum(sizes), k * n), normaliser.dtype, normaliser.device)
-        self.rows, self.sizes, self.normaliser = tuple(rows), list(sizes), normaliser
+        self.rows, self.sizes = tuple(rows), list(sizes)
+        # A batch without weight has rows of zero; 0/0 must not make them NaN.
+        self.normaliser = normaliser.clamp_min(torch.finfo(normaliser.dtype).tiny)
 
     def matvec(self, v: Tensor) -> Tensor:
         u = v / self.normaliser.sqrt()

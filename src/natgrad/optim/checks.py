@@ -32,26 +32,28 @@ def check_likelihood(likelihood: Likelihood) -> None:
         )
 
 
-def check_parameters(model: nn.Module | Iterable[Tensor]) -> list[Tensor]:
-    """The trainable parameters of a module, or the given ones.
+def check_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of a module.
 
     Raises:
         ArgumentError: there is none.
         UnsupportedError: one is complex.
     """
-    if isinstance(model, nn.Module):
-        named = dict(trainable_parameters(model))
-    else:
-        named = {f"number {i}": p for i, p in enumerate(model)}
+    named = trainable_parameters(model)
     if not named:
         raise ArgumentError("The model has no parameter that requires a gradient, so there is nothing to optimize.")
-    for name, p in named.items():
+    check_real(named.items())
+    return list(named.values())
+
+
+def check_real(parameters: Iterable[tuple[str | int, Tensor]]) -> None:
+    """Raises UnsupportedError for a complex parameter, by its name or number."""
+    for name, p in parameters:
         if p.is_complex():
             raise UnsupportedError(
                 f"Parameter {name} is complex, which natgrad does not support. Keep real and imaginary parts as two "
                 "real parameters (torch.view_as_real)."
             )
-    return list(named.values())
 
 
 def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -88,8 +88,8 @@ class Examination:
 
     def examine(
         self, metric: Metric, likelihood: Likelihood, tape: Tape, output: Tensor, generator: torch.Generator
-    ) -> None:
-        """Learn from the first pass, and from a later one where it can show more.
+    ) -> bool:
+        """Learn from the first pass, and from a later one where it can show more; whether it did, and drew numbers.
 
         A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
         first with more than one row: with one, every axis looks like the batch.
@@ -98,10 +98,11 @@ class Examination:
         names = tuple(trainable_parameters(tape.model)) if first else tuple(sorted(self.unreached))
         unreached = unreached_parameters(tape, names)
         if not first and unreached == self.unreached and (alone or not self.alone):
-            return
+            return False
         found, known = metric.examine(tape, likelihood, generator), self.uncovered or {}
         self.stale = not first and not found.keys() <= known.keys()
         self.uncovered, self.unreached, self.alone = {**found, **known}, unreached, alone
+        return True
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -31,6 +31,11 @@ def check_group(group: Mapping[str, Any], search: Search) -> None:
             raise ArgumentError(f"{name}={value!r} was given in a parameter group; it must be a number.")
         if math.isnan(float(value)) or float(value) < 0:
             raise ArgumentError(f"{name}={float(value)} was given in a parameter group; it must be at least 0.")
+    if group["weight_decay"] and math.isinf(float(group["lr"])) and not search.needs_probe:
+        raise ArgumentError(
+            f"lr={float(group['lr'])} was given together with weight_decay={group['weight_decay']}, which multiplies "
+            "parameters by 1 − lr·weight_decay. Give a finite lr, or a search that measures: TrustRegion, QuadraticFit."
+        )
     if not 0 <= group["momentum"] < 1:
         raise ArgumentError(f"momentum={group['momentum']} was given; it must be at least 0 and below 1.")
     if group["max_kl"] is not None and not hasattr(search, "max_kl"):

@@ -17,11 +17,11 @@ from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotO
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import LinearOperator, Solver
-from natgrad.metric import Euclidean, Fisher, Hessian, Metric, Moments, Statistics
+from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Statistics
 from natgrad.metric.running import Refresh
 from natgrad.network import BlockVector, Partition, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
-from natgrad.optim.checks import check_arguments, check_likelihood, check_members, check_parameters
+from natgrad.optim.checks import check_arguments, check_likelihood, check_members, check_parameters, check_real
 from natgrad.optim.closures import Closure, Evaluation, evaluate
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
@@ -194,7 +194,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_parameters(group["params"])
+            check_real(enumerate(group["params"]))
             check_group(group, self._search)
             if self._model is not None:
                 check_members(self._model, group["params"])
@@ -245,15 +245,20 @@ class NaturalGradient(torch.optim.Optimizer):
             if observation.skipped:
                 return
             with torch.enable_grad():
-                self._examination.examine(self._metric, self._likelihood, tape, output, self._generator)
+                if self._examination.examine(self._metric, self._likelihood, tape, output, self._generator):
+                    self._reseed()  # so that the labels are those of a step without an examination
             curvature = self._curvature_for(self._partition())
-            bases = dict(curvature.bases)
+            bases = self._bases(curvature)
             for other in self._observer.observations:
                 bases |= getattr(other.statistics, "bases", {})
             observation.statistics = self._metric.statistics(
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
         observation.tape = None  # the layers' inputs are no longer needed
+
+    def _bases(self, curvature: Curvature) -> Bases:
+        """Eigenbases in use; none before the first step, where what is laid out for a checkpoint means nothing."""
+        return dict(curvature.bases) if self._steps else {}
 
     def _reseed(self) -> None:
         """Start the sampled labels and signs of a step: they depend on seed, step, process and the step's passes."""
@@ -314,7 +319,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 return loss
         self._network  # noqa: B018  (an error where there is none)
         evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
-        with self._settled():
+        with torch.inference_mode(False), torch.no_grad(), self._settled():  # replays need a graph
             self._take_step(evaluation)
         return evaluation.loss
 
@@ -350,16 +355,15 @@ class NaturalGradient(torch.optim.Optimizer):
         return not any(p.grad is not None and bool(p.grad.any()) for g in self.param_groups for p in g["params"])
 
     def _count(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in self.state:
-                    self.state[p]["step"] = torch.tensor(float(self._steps))
+        """Every parameter has a state of its own: torch.distributed.checkpoint wants one of each."""
+        for p in self._named().values():
+            self.state[p]["step"] = torch.tensor(float(self._steps), dtype=torch.float32)
         if not self.param_groups[0].get(checkpoint.NOTE):
             self._note_state()  # torch.distributed.checkpoint saves and loads only what is there
 
     def _prime(self, gradients: dict[str, Tensor]) -> None:
         """Lay out the whole state without any data: torch.distributed.checkpoint loads into what is there."""
-        if self.state or not (self._metric.averaged or isinstance(self._metric, Euclidean)):
+        if self.state:
             return
         curvature = self._curvature_for(self._partition())
         if self._metric.averaged:
@@ -381,7 +385,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         observations = self._take_observations()
         gradients = self._gradients()
-        if not gradients or not self._ready(observations, gradients):
+        if not gradients:
+            return
+        if not self._ready(observations, gradients):
+            _clear_unless_finite(gradients)
             return
         try:
             with full_precision(self._device):
@@ -390,8 +397,7 @@ class NaturalGradient(torch.optim.Optimizer):
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
                 raise
-            for grad in gradients.values():
-                grad.zero_()
+            _clear_unless_finite(gradients)
             return
         finite = _all_finite(direction)
         for name, value in curvature.partition.unpack(direction).items():
@@ -492,7 +498,7 @@ class NaturalGradient(torch.optim.Optimizer):
             curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
             statistics = self._statistics(observations, curvature.partition)
-            curvature.update(self._whole(statistics, curvature.bases), _all_finite(gradients))
+            curvature.update(self._whole(statistics, self._bases(curvature)), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._dampings(curvature.partition), self._solver)
@@ -576,7 +582,7 @@ class NaturalGradient(torch.optim.Optimizer):
             steps.append(search(local, at_rates(partition, vectors, groups, reference), reference, probe))
         step = joined(steps)
         if step.delta is not None:
-            momentum.keep(averaged, _all_finite(gradients))  # a rejected step leaves no trace in it
+            momentum.keep(averaged, _all_finite(averaged))  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
@@ -626,6 +632,12 @@ class NaturalGradient(torch.optim.Optimizer):
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
             change = partition.unpack(step.delta)
+            fits = _fits(parameters, change)
+            if isinstance(step.accepted, Tensor):
+                step = replace(step, accepted=step.accepted & fits)
+            elif not bool(fits):
+                self.last = rejected(step.damping, "the sum of parameters and step overflows", tried=False)
+                return
             accepted = torch.as_tensor(step.accepted, device=self._device)
             if not self._search.needs_probe:
                 for name in change:
@@ -636,7 +648,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(groups[name]["lr"]))
                 change = {}
             for name, delta in change.items():
-                parameters[name].add_(delta.to(parameters[name].dtype))
+                parameters[name].add_(torch.where(accepted, delta, 0.0).to(parameters[name].dtype))
                 if keep:
                     self.state[parameters[name]]["previous"] = delta
         self.last = replace(step, delta=None)
@@ -697,9 +709,13 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             ArgumentError: the state is of another metric, or its tensors are missing.
         """
+        state_dict = checkpoint.copied(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         own = checkpoint.parsed(state_dict)
         checkpoint.check(own, state_dict["state"], self._metric)
-        super().load_state_dict(checkpoint.copied(state_dict))
+        with checkpoint.without_hooks(self):  # before and after the whole of it, not of torch's part
+            super().load_state_dict(checkpoint.copied(state_dict))
         checkpoint.restore_tensors(self, state_dict)
         for k, group in enumerate(self.param_groups):
             for name in OPTIONS:  # of a state saved before there were such
@@ -713,6 +729,8 @@ class NaturalGradient(torch.optim.Optimizer):
         known = self._examination.uncovered is not None or self._metric.replayed
         if known and self._model is not None and any("step" in s for s in self.state.values()):
             self._curvature_for(self._partition())
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is bound to this process and to the module's hooks; the module goes along.
@@ -743,9 +761,24 @@ def _shrink(p: Tensor, group: Group, accepted: Tensor) -> None:
     p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
 
 
+def _fits(parameters: dict[str, nn.Parameter], change: dict[str, Tensor]) -> Tensor:
+    """Whether every parameter plus its change can be represented, 0-d bool: both may be finite and the sum not."""
+    room = []
+    for name, delta in change.items():
+        p = parameters[name]
+        room.append(largest({name: p}) + largest({name: delta}) <= torch.finfo(p.dtype).max)
+    return torch.stack(room).all() if room else torch.ones((), dtype=torch.bool)
+
+
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
     """Whether every entry is finite, 0-d; no wait for the device."""
     return torch.isfinite(largest(tensors))
+
+
+def _clear_unless_finite(gradients: dict[str, Tensor]) -> None:
+    finite = _all_finite(gradients)
+    for grad in gradients.values():
+        grad.copy_(torch.where(finite, grad, 0.0))
 
 
 def _skipped(damping: Damping) -> Step:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from natgrad.optim.groups import DIVISION
 from natgrad.step import Damping
 
 NOTE = "natgrad"
-__all__ = ["DIVISION", "NOTE", "check", "copied", "note", "parsed", "restore_tensors"]
+__all__ = ["DIVISION", "NOTE", "check", "copied", "note", "parsed", "restore_tensors", "without_hooks"]
 
 
 def note(metric: Metric, steps: int, seed: int, damping: Damping, examination: Examination) -> str:
@@ -49,6 +52,20 @@ def check(own: dict[str, Any] | None, state: dict[Any, Any], metric: Metric) -> 
 def copied(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state with groups of its own, so that loading it changes nothing of the caller's."""
     return {**state_dict, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
+
+
+@contextmanager
+def without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The optimizer's hooks on loading are not called inside."""
+    names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+    kept = {name: getattr(optimizer, name) for name in names}
+    try:
+        for name in names:
+            setattr(optimizer, name, OrderedDict())
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(optimizer, name, hooks)
 
 
 def restore_tensors(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
