@@ -181,13 +181,7 @@ def test_bfloat16_autocast(rows, tmp_path):
     assert all(t.dtype == torch.float32 for tensors in optimizer_of(run).state.values() for t in tensors.values())
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "factory",
-        "class",
-    ],
-)
+@pytest.mark.parametrize("form", ["factory", "class"])
 def test_only_adapters_train_and_each_is_covered(tmp_path, form):
     _, prose, _ = lora.code_and_prose()
     model = lora.adapted(lora.llama())
