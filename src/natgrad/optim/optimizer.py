@@ -147,7 +147,8 @@ class NaturalGradient(torch.optim.Optimizer):
             super().__init__(model, defaults)
 
     def _unbound(self) -> None:
-        self._during: dict[str, nn.Parameter] | None = None  # the parameters, while a step is taken
+        # The parameters and their groups, while a step is taken.
+        self._during: tuple[dict[str, nn.Parameter], dict[str, Group]] | None = None
         self._curvature: Curvature | None = None
         self._unknown = False  # whether a pass was seen whose output could not be told
         self._changed = False  # whether blocks changed (a parameter was frozen or unfrozen) since the last statistics
@@ -209,7 +210,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _named(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that this optimizer moves, by their names in the module."""
         if self._during is not None:
-            return self._during
+            return self._during[0]
         trainable = trainable_parameters(self._network)
         owned = {id(p) for group in self.param_groups for p in group["params"]}
         if self._follows and not all(id(p) in owned for p in trainable.values()):
@@ -326,7 +327,8 @@ class NaturalGradient(torch.optim.Optimizer):
     @contextmanager
     def _settled(self) -> Iterator[None]:
         """Which parameters are whose does not change inside, and is looked up once."""
-        self._during = self._named()
+        named = self._named()
+        self._during = named, group_of(self.param_groups, named)
         try:
             yield
         finally:
@@ -460,6 +462,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _groups(self) -> dict[str, Group]:
         """The group of each parameter, by name."""
+        if self._during is not None:
+            return self._during[1]
         return group_of(self.param_groups, self._named())
 
     def _partition(self) -> Partition:
@@ -632,7 +636,7 @@ class NaturalGradient(torch.optim.Optimizer):
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
             change = partition.unpack(step.delta)
-            fits = _fits(parameters, change)
+            fits = _fits(parameters, change, step.delta)
             if isinstance(step.accepted, Tensor):
                 step = replace(step, accepted=step.accepted & fits)
             elif not bool(fits):
@@ -761,13 +765,17 @@ def _shrink(p: Tensor, group: Group, accepted: Tensor) -> None:
     p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
 
 
-def _fits(parameters: dict[str, nn.Parameter], change: dict[str, Tensor]) -> Tensor:
-    """Whether every parameter plus its change can be represented, 0-d bool: both may be finite and the sum not."""
-    room = []
-    for name, delta in change.items():
-        p = parameters[name]
-        room.append(largest({name: p}) + largest({name: delta}) <= torch.finfo(p.dtype).max)
-    return torch.stack(room).all() if room else torch.ones((), dtype=torch.bool)
+def _fits(parameters: dict[str, nn.Parameter], change: dict[str, Tensor], delta: BlockVector) -> Tensor:
+    """Whether parameters and their change can be added, 0-d bool: both may be finite and the sum not.
+
+    In a wide range a change of a thousandth of it is refused by itself, which spares a look at the parameters: it
+    would take a thousand such steps to leave the range.
+    """
+    top = min(torch.finfo(parameters[name].dtype).max for name in change)
+    size = largest(delta)
+    if top > 1e30:
+        return size <= 1e-3 * top
+    return size + largest({name: parameters[name].detach() for name in change}) <= top
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:

@@ -27,8 +27,7 @@ def at_rates(
     partition: Partition, vectors: BlockVector, groups: Mapping[str, Group], reference: float | Tensor
 ) -> BlockVector:
     """``vectors``, each parameter's part times its group's learning rate over ``reference``."""
-    named = partition.unpack(vectors)
-    ratios = {name: rate_ratio(groups[name], reference) for name in named}
+    ratios = {id(group): rate_ratio(group, reference) for group in {id(g): g for g in groups.values()}.values()}
     if all(ratio == 1.0 for ratio in ratios.values()):
         return vectors
-    return partition.pack_present({name: v * ratios[name] for name, v in named.items()})
+    return partition.pack_present({n: v * ratios[id(groups[n])] for n, v in partition.unpack(vectors).items()})
