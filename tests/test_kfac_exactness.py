@@ -225,3 +225,29 @@ def test_damped_inverse_of_a_kronecker_block_is_exact(damping, generator):
     operator = p.fisher("exact", ng.Kronecker())
     v = torch.randn(p.size, dtype=torch.float64, generator=generator)
     assert_close(operator.solve(v, damping=damping), oracles.damped_inverse(operator.to_dense(), damping) @ v, 1e-8)
+
+
+class _Positions(nn.Module):
+    """Tokens and a table of positions that is looked up once for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(5, 4), nn.Embedding(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(x) + self.positions(torch.arange(3)[None])))
+
+
+@pytest.mark.parametrize("structure", [ng.Kronecker(), ng.EigenKronecker(), ng.BlockDiagonal(), ng.Diagonal()], ids=str)
+@pytest.mark.parametrize("estimate", [ng.Exact(), ng.Empirical()], ids=str)
+def test_a_layer_called_once_for_the_whole_batch_gets_no_terms_between_examples(estimate, structure):
+    """Its block's trace is exact for every structure: a layer rule would see the sum over examples as one."""
+    torch.manual_seed(0)
+    model = _Positions().double()
+    x, y = torch.randint(5, (6, 3)), torch.randint(3, (6, 3))
+    exact = ng.fisher(model, ng.Categorical(), x, y, estimate=estimate, structure=ng.Dense()).diagonal()
+    draws = torch.Generator().manual_seed(0)
+    options = {"estimate": estimate, "structure": structure, "generator": draws}
+    mean = sum(ng.fisher(model, ng.Categorical(), x, y, **options).diagonal() for _ in range(300)) / 300
+    table = slice(20, 32)  # of the positions, after the 5 × 4 tokens
+    assert float(mean[table].sum()) == pytest.approx(float(exact[table].sum()), rel=0.1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class Estimate(ABC):
     """How the columns of S are chosen."""
 
     needs_target: bool = False
+    independent: ClassVar[bool] = False
+    """Whether columns of different examples are uncorrelated: cross terms between them then average out."""
 
     @abstractmethod
     def columns(
@@ -147,6 +150,8 @@ class MonteCarlo(Estimate):
         samples: labels per prediction; the error falls as ``1/√samples``.
     """
 
+    independent: ClassVar[bool] = True
+
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -170,6 +175,8 @@ class Signed(Estimate):
     Args:
         samples: combinations per prediction.
     """
+
+    independent: ClassVar[bool] = True
 
     samples: int = 1
 

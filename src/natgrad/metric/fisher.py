@@ -185,7 +185,7 @@ class Fisher(Metric):
 
     @property
     def aligned(self) -> bool:
-        return self.structure.aligned
+        return self.structure.aligned or not self.estimate.independent
 
     @property
     def by_example(self) -> bool:
