@@ -26,6 +26,7 @@ from natgrad.network import (
     Tape,
     cells,
     misaligned_parameters,
+    mixing_parameters,
     trainable_parameters,
     uncovered_parameters,
 )
@@ -58,6 +59,11 @@ class Metric(ABC):
         return False
 
     @property
+    def unmixed(self) -> bool:
+        """Whether no call of a layer may stand for several examples: cross terms between them do not average out."""
+        return False
+
+    @property
     def by_example(self) -> bool:
         """Whether rows must be those of single examples even where BatchNorm couples the batch."""
         return False
@@ -68,6 +74,8 @@ class Metric(ABC):
         # Weights of predictions select examples and positions of a layer's input, so they need the alignment too.
         if self.aligned or likelihood.needs_target:
             found = misaligned_parameters(tape, generator, batch_statistics=self.by_example) | found
+        elif self.unmixed:
+            found = mixing_parameters(tape, generator) | found
         return found
 
     @abstractmethod
@@ -185,7 +193,11 @@ class Fisher(Metric):
 
     @property
     def aligned(self) -> bool:
-        return self.structure.aligned or not self.estimate.independent
+        return self.structure.aligned
+
+    @property
+    def unmixed(self) -> bool:
+        return not self.estimate.independent
 
     @property
     def by_example(self) -> bool:

@@ -1,6 +1,11 @@
 """A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
 
-from natgrad.network.coverage import misaligned_parameters, uncovered_parameters, unreached_parameters
+from natgrad.network.coverage import (
+    misaligned_parameters,
+    mixing_parameters,
+    uncovered_parameters,
+    unreached_parameters,
+)
 from natgrad.network.empty import EmptyTape
 from natgrad.network.layers import (
     RULES,
@@ -60,6 +65,7 @@ __all__ = [
     "full_precision",
     "is_replaying",
     "misaligned_parameters",
+    "mixing_parameters",
     "output_tensor",
     "record",
     "recording",

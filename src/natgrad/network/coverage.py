@@ -73,7 +73,7 @@ def misaligned_parameters(
     output = tape.output
     assert output is not None
     n = output.shape[0]
-    coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in tape.model.modules())
+    coupled = _coupled(tape.model)
     if n < 2 or (coupled and not batch_statistics):
         return {}
     column = torch.zeros_like(output)
@@ -92,3 +92,33 @@ def misaligned_parameters(
             continue
         found.update({p: reason for cell in cell_list if cell.name == name for p in cell.parameters})
     return found
+
+
+def mixing_parameters(tape: Tape, generator: torch.Generator | None = None) -> dict[str, str]:
+    """Parameters of layers that are called once for many examples (a table of positions), with the reason.
+
+    At such a call the columns of all examples add up before any product is formed. Found by two columns, one zero for
+    the first half of the examples and one for the second: no gradient may be there in both. Batches that BatchNorm
+    couples are left alone (K-FAC's usual practice).
+    """
+    output = tape.output
+    assert output is not None
+    n = output.shape[0]
+    if n < 2 or _coupled(tape.model):
+        return {}
+    columns = torch.randn(2, *output.shape, generator=generator, device=output.device).to(output.dtype)
+    columns[0, : n // 2] = 0
+    columns[1, n // 2 :] = 0
+    cell_list = [cell for cell in cells(tape.model) if cell.module is not None]
+    first, second = (tape.rows(cell_list, column[None]) for column in columns)
+    found: dict[str, str] = {}
+    for cell in cell_list:
+        if cell.name in first and cell.name in second:
+            one, other = first[cell.name].largest_by_position(), second[cell.name].largest_by_position()
+            if bool(((one > 1e-6 * one.max()) & (other > 1e-6 * other.max())).any()):
+                found.update({p: f"{cell.name} is called once for several examples" for p in cell.parameters})
+    return found
+
+
+def _coupled(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

@@ -52,6 +52,10 @@ class Rows(ABC):
     def largest(self) -> Tensor:
         """A bound on the size of each example's rows that is zero only where they are zero, shape ``[N]``."""
 
+    def largest_by_position(self) -> Tensor:
+        """As :meth:`largest`, for each position that K-FAC counts as an example: ``[N, S]``, or ``[N, 1]``."""
+        return self.largest()[:, None]
+
     def total(self) -> Tensor:
         """``Σ_n r_kn`` of shape ``[K, p]``: what an ordinary backward pass gives."""
         return self.dense().sum(1)
@@ -166,6 +170,9 @@ class LinearRows(Rows):
     def largest(self) -> Tensor:
         return self.g.abs().amax((0, 1, 3, 4))
 
+    def largest_by_position(self) -> Tensor:
+        return self.g.abs().amax((0, 1, 4))
+
     def total(self) -> Tensor:
         return torch.einsum("kgnso,gnsi->kgoi", self.g, self.a).flatten(1)
 
@@ -279,6 +286,9 @@ class EmbeddingRows(Rows):
 
     def largest(self) -> Tensor:
         return self.g.abs().amax((0, 2, 3))
+
+    def largest_by_position(self) -> Tensor:
+        return self.g.abs().amax((0, 3))
 
     def total(self) -> Tensor:
         k, _, _, width = self.g.shape
