@@ -100,7 +100,7 @@ class Examination:
         if not first and unreached == self.unreached and (alone or not self.alone):
             return False
         found, known = metric.examine(tape, likelihood, generator), self.uncovered or {}
-        self.stale = not first and not found.keys() <= known.keys()
+        self.stale = not found.keys() <= known.keys()
         self.uncovered, self.unreached, self.alone = {**found, **known}, unreached, alone
         return True
 
