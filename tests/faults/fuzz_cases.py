@@ -443,13 +443,6 @@ def excused(setup: Setup, error: str) -> bool:
     return False
 
 
-def known_defect(setup: Setup, message: str) -> bool:
-    """Defects that `test_found.py` holds on to; to be removed with its expected failures."""
-    decay = setup.lr == math.inf and setup.decay > 0 and setup.search == "clip" and "is not finite after" in message
-    left = setup.how == "precondition" and "precondition_ left a gradient of NaN" in message
-    return decay or left
-
-
 def run(number: int) -> tuple[Setup, list[str]]:
     """Take the steps of one set-up.
 
@@ -473,8 +466,6 @@ def run(number: int) -> tuple[Setup, list[str]]:
                 error = outcomes[-1].split(":")[0].endswith("Error")
                 assert not (harmless and error) or excused(setup, outcomes[-1]), "an error of harmless numbers"
         except Exception as error:
-            if known_defect(setup, str(error)):
-                return setup, [*outcomes, "known defect"]
             text = f"case {number}, step {len(outcomes)}: {type(error).__name__}: {error}\n{setup}\nso far: {outcomes}"
             raise AssertionError(text) from error
     return setup, outcomes
