@@ -99,13 +99,13 @@ DAMPINGS: dict[str, Any] = {
     "factored": ng.FactoredTikhonov(1e-3),
     "marquardt": ng.LevenbergMarquardt(1e-2),
 }
-PRECISIONS = ("float32", "float32", "float64", "bfloat16", "autocast", "autocast_half")
+PRECISIONS = ("float32", "float32", "float64", "bfloat16", "float16", "autocast", "autocast_half")
 FAULTS = (
     *("none",) * 4,
     *("nan input", "inf input", "constant input", "huge input", "enormous input", "tiny input", "half overflow"),
     *("nan target", "all ignored", "duplicated rows", "empty batch"),
     *("nan gradient", "inf gradient", "gradient 1e-20", "gradient 1e-38", "gradient 1e12", "gradient 1e20"),
-    *("gradient 1e30", "zero gradient", "missing gradient", "no gradient"),
+    *("gradient 1e30", "gradient 1e37", "zero gradient", "missing gradient", "no gradient"),
     *("dead units", "zero head", "huge weights", "frozen layer"),
 )
 HARMLESS = {"none", "constant input", "tiny input", "duplicated rows", "dead units", "zero head", "frozen layer"}
@@ -194,7 +194,7 @@ class Run:
         make, self.outputs, self.kind = LIKELIHOODS[setup.likelihood]
         self.likelihood = make()
         precision = setup.precision
-        self.dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
+        self.dtype = torch.float32 if precision.startswith("autocast") else getattr(torch, precision)
         self.casting: Any = {"autocast": torch.bfloat16, "autocast_half": torch.float16}.get(precision)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setup.number)
@@ -314,7 +314,7 @@ class Run:
                 for p in parameters[-2:]:
                     p.zero_()
             if fault == "huge weights":
-                parameters[-1].mul_(1e15)
+                parameters[-1].mul_(min(1e15, 1e-3 * torch.finfo(self.dtype).max))
         if fault == "frozen layer":
             parameters[0].requires_grad_(False)
             parameters[0].grad = None
