@@ -4,7 +4,16 @@ from natgrad import linalg
 from natgrad.checkpoint import load, save
 from natgrad.diagnostics import audit
 from natgrad.governance import KLBudget, Ledger
-from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
+from natgrad.likelihood import (
+    Bernoulli,
+    Categorical,
+    FromDistribution,
+    Gaussian,
+    Likelihood,
+    MultiCategorical,
+    Poisson,
+    Weighted,
+)
 from natgrad.linalg import SaddleFree
 from natgrad.metric import (
     BlockDiagonal,
@@ -88,6 +97,7 @@ __all__ = [
     "Likelihood",
     "MatrixFree",
     "MonteCarlo",
+    "MultiCategorical",
     "NaturalGradient",
     "Newton",
     "Poisson",

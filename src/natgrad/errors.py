@@ -53,3 +53,7 @@ class MissingExtraError(NatgradError, ImportError):
 
 class SnapshotError(NatgradError, RuntimeError):
     """A snapshot cannot be written, is damaged or missing, or does not fit what it is to be loaded into."""
+
+
+class EnvironmentFault(NatgradError, RuntimeError):
+    """An environment raised, or gave what no environment may give (NaN rewards, wrong shapes)."""

@@ -7,7 +7,18 @@ from natgrad.likelihood.bernoulli import Bernoulli
 from natgrad.likelihood.categorical import Categorical
 from natgrad.likelihood.distribution import FromDistribution
 from natgrad.likelihood.gaussian import Gaussian
+from natgrad.likelihood.multi_categorical import MultiCategorical
 from natgrad.likelihood.poisson import Poisson
 from natgrad.likelihood.weighted import Weighted
 
-__all__ = ["Bernoulli", "Categorical", "FromDistribution", "Gaussian", "Likelihood", "Poisson", "Target", "Weighted"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "FromDistribution",
+    "Gaussian",
+    "Likelihood",
+    "MultiCategorical",
+    "Poisson",
+    "Target",
+    "Weighted",
+]

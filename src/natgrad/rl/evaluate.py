@@ -1,0 +1,81 @@
+"""Evaluation: whole episodes of a policy that does not learn, with seeds of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from natgrad.errors import ArgumentError
+from natgrad.rl.environments import EnvironmentLike, Environments, Mode, make
+from natgrad.rl.policy import Policy
+
+HELD_OUT = 1  # the stream of episodes that training never sees
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns and lengths of the episodes, in order."""
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes."""
+        return float(np.std(self.returns))
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    environment: EnvironmentLike,
+    *,
+    episodes: int = 20,
+    seed: int = 0,
+    deterministic: bool = True,
+    mode: Mode = "sync",
+    import_code: bool = False,
+) -> Evaluation:
+    """Let ``policy`` act for ``episodes`` whole episodes.
+
+    Each episode has its own environment, so that short ones do not count more often than long ones. The seeds are those
+    of another stream than training's, whatever ``seed`` is.
+
+    Args:
+        policy: not changed.
+        environment: see :func:`natgrad.rl.make`; not a ``VectorEnv`` of another size than ``episodes``.
+        episodes: how many.
+        seed: of the episodes, and of the actions where they are sampled.
+        deterministic: take the most probable action; otherwise sample.
+        mode, import_code: see :func:`natgrad.rl.make`.
+    """
+    vector = make(environment, episodes, mode=mode, import_code=import_code)
+    if vector.num_envs != episodes:
+        raise ArgumentError(f"{vector.num_envs} environments cannot run {episodes} episodes: one each.")
+    environments = Environments(vector, seed, HELD_OUT)
+    device = next(policy.parameters()).device
+    generator = None if deterministic else torch.Generator(device=device).manual_seed(seed)
+    memory, running = policy.start(episodes), np.ones(episodes, dtype=bool)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
+    while running.any():
+        mask = environments.mask
+        actions, _, memory = policy.act(
+            torch.from_numpy(environments.observations).to(device),
+            None if mask is None else torch.from_numpy(mask).to(device),
+            memory=memory,
+            starts=torch.from_numpy(environments.starts).to(device),
+            generator=generator,
+        )
+        seen = environments.step(policy.head.to_environment(actions))
+        returns += np.where(running, seen.rewards, 0.0)
+        lengths += running
+        running &= ~(seen.terminated | seen.truncated)
+    environments.close()
+    return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()))
