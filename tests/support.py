@@ -29,6 +29,7 @@ class Pair:
 
 PAIRS: dict[str, Pair] = {
     "categorical": Pair(lambda: ng.Categorical(), families.categorical(), 3),
+    "multi_categorical": Pair(lambda: ng.MultiCategorical([2, 3]), families.multi_categorical([2, 3]), 5),
     "bernoulli": Pair(lambda: ng.Bernoulli(), families.bernoulli(), 2),
     "gaussian": Pair(lambda: ng.Gaussian(scale=0.7), families.gaussian(0.7), 2),
     "gaussian_learned": Pair(lambda: ng.Gaussian.learned(), families.gaussian_learned(), 4),

@@ -13,9 +13,16 @@ from scipy.special import expit, softmax
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
-from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, MultiCategorical, Poisson
 
-ALL: list[Likelihood] = [Categorical(), Bernoulli(), Gaussian(0.5), Gaussian.learned(), Poisson()]
+ALL: list[Likelihood] = [
+    Categorical(),
+    Bernoulli(),
+    Gaussian(0.5),
+    Gaussian.learned(),
+    Poisson(),
+    MultiCategorical([2, 4]),
+]
 
 
 def outputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -45,6 +52,38 @@ def test_categorical_by_enumeration() -> None:
     assert np.allclose(likelihood.kl(f, g), wanted_kl, atol=1e-14)
     assert np.allclose(dense(likelihood, f), fisher, atol=1e-15)
     assert np.allclose(likelihood.score(f, y), p - np.eye(4)[y.numpy()], atol=1e-15)
+
+
+def test_multi_categorical_by_enumeration() -> None:
+    """The joint outcomes of all decisions are those of one categorical variable."""
+    f, g, classes = 2 * outputs(2, 3, 6), 2 * outputs(2, 3, 6), (1, 3, 2)
+    cuts = np.cumsum(classes)[:-1]
+
+    def probabilities(h: Tensor) -> np.ndarray:
+        parts = [softmax(part, axis=-1) for part in np.split(h.numpy(), cuts, axis=-1)]
+        return np.einsum("...a,...b,...c->...abc", *parts)
+
+    p, q, likelihood = probabilities(f), probabilities(g), MultiCategorical(classes)
+    kl = (p * np.log(p / q)).sum((-3, -2, -1))
+    fisher, entropy = np.zeros((2, 3, 6, 6)), np.zeros((2, 3))
+    for index in np.ndindex(classes):
+        y = torch.tensor(index).expand(2, 3, 3)
+        joint = p[(..., *index)]
+        assert np.allclose(likelihood.nll(f, y), -np.log(joint), atol=1e-13)
+        assert np.allclose(likelihood.distribution(f).log_prob(y), np.log(joint), atol=1e-13)
+        onehot = np.concatenate([np.eye(n)[i] for n, i in zip(classes, index, strict=True)])
+        marginals = np.concatenate([softmax(part, axis=-1) for part in np.split(f.numpy(), cuts, axis=-1)], axis=-1)
+        score = marginals - onehot
+        assert np.allclose(likelihood.score(f, y), score, atol=1e-14)
+        fisher += joint[..., None, None] * score[..., :, None] * score[..., None, :]
+        entropy -= joint * np.log(joint)
+    assert np.allclose(likelihood.kl(f, g), kl, atol=1e-13)
+    assert np.allclose(dense(likelihood, f), fisher, atol=1e-14)
+    assert np.allclose(likelihood.distribution(f).entropy(), entropy, atol=1e-13)
+    drawn = likelihood.sample(f, 20_000, generator=torch.Generator().manual_seed(0)).numpy()
+    for index in np.ndindex(classes):
+        frequency, joint = (drawn == index).all(-1).mean(0), p[(..., *index)]
+        assert (abs(frequency - joint) <= 6 * np.sqrt(joint * (1 - joint) / 20_000) + 1e-3).all()
 
 
 def test_bernoulli_against_scipy() -> None:
@@ -180,6 +219,24 @@ def test_masked_classes() -> None:
     assert likelihood.kl(f, torch.tensor([0.0, 0.0, -math.inf]).double().expand(5, 3)).min() == math.inf
 
 
+def test_masked_classes_of_several_decisions() -> None:
+    """A class of logit −∞ is as if that decision had one class less."""
+    f, g = outputs(5, 5), outputs(5, 5)
+    holes = [torch.cat([h[:, :2], torch.full((5, 1), -math.inf, dtype=h.dtype), h[:, 2:]], -1) for h in (f, g)]
+    masked, other = (h.requires_grad_() for h in holes)
+    full, fewer, kept = MultiCategorical([3, 3]), MultiCategorical([2, 3]), [0, 1, 3, 4, 5]
+    y = fewer.sample(f)[0]
+    kl, nll = full.kl(masked, other), full.nll(masked, y)
+    assert torch.allclose(kl, fewer.kl(f, g), atol=1e-14)
+    assert torch.allclose(nll, fewer.nll(f, y), atol=1e-14)
+    for gradient in torch.autograd.grad(kl.sum() + nll.sum(), (masked, other)):
+        assert gradient.isfinite().all() and (gradient[:, 2] == 0).all()
+    fisher = dense(full, masked.detach())
+    assert torch.allclose(fisher[:, kept][:, :, kept], dense(fewer, f), atol=1e-15)
+    assert (fisher[:, 2] == 0).all()
+    assert full.sample(masked, 200)[..., 0].max() < 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bernoulli_at_extreme_logits(dtype: torch.dtype) -> None:
     f = torch.tensor([[1e4], [-1e4], [1e4], [30.0]], dtype=dtype, requires_grad=True)
@@ -292,7 +349,7 @@ def test_sampling_uses_the_generator_alone(likelihood: Likelihood) -> None:
 
 @pytest.mark.parametrize("likelihood", ALL, ids=str)
 def test_nll_and_kl_are_differentiable_twice(likelihood: Likelihood) -> None:
-    f, g = outputs(2, 4).requires_grad_(), outputs(2, 4).requires_grad_()
+    f, g = outputs(2, 6).requires_grad_(), outputs(2, 6).requires_grad_()
     y = likelihood.sample(f)[0]
     assert torch.autograd.gradcheck(lambda h: likelihood.nll(h, y), f)
     assert torch.autograd.gradcheck(likelihood.kl, (f, g))
@@ -302,7 +359,7 @@ def test_nll_and_kl_are_differentiable_twice(likelihood: Likelihood) -> None:
 
 @pytest.mark.parametrize("likelihood", ALL, ids=str)
 def test_works_under_torch_func(likelihood: Likelihood) -> None:
-    f = outputs(3, 4)
+    f = outputs(3, 6)
     y = likelihood.sample(f)[0]
     gradients = torch.func.vmap(torch.func.grad(likelihood.nll))(f, y)
     assert torch.allclose(gradients, likelihood.score(f, y), atol=1e-14)
@@ -313,7 +370,9 @@ def test_works_under_torch_func(likelihood: Likelihood) -> None:
 def test_likelihoods_are_values() -> None:
     assert Gaussian(0.5) == Gaussian(0.5) != Gaussian(0.4)
     assert Gaussian([1.0, 2.0]) == Gaussian(torch.tensor([1.0, 2.0]))
-    assert len({Categorical(), Categorical(), Bernoulli(), Poisson(), Gaussian([1.0])}) == 4
+    assert MultiCategorical([2, 3]) == MultiCategorical((2, 3)) != MultiCategorical([3, 2])
+    values = [Categorical(), Categorical(), Bernoulli(), Poisson(), Gaussian([1.0]), MultiCategorical([2])]
+    assert len(set(values)) == 5
     with pytest.raises(AttributeError):
         Gaussian().scale = 2.0  # type: ignore[misc]
 
@@ -322,3 +381,9 @@ def test_likelihoods_are_values() -> None:
 def test_bad_scales(scale: object) -> None:
     with pytest.raises(ArgumentError, match="standard deviation"):
         Gaussian(scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [(), (0, 2), (-1,)])
+def test_bad_classes(classes: tuple[int, ...]) -> None:
+    with pytest.raises(ArgumentError, match=r"number of classes per decision.*MultiCategorical\(\[3, 2\]\)"):
+        MultiCategorical(classes)

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, distributions
 
 from natgrad.errors import ArgumentError
-from natgrad.likelihood import Bernoulli, Categorical, FromDistribution, Gaussian, Likelihood, Poisson, Weighted
+from natgrad.likelihood import (
+    Bernoulli,
+    Categorical,
+    FromDistribution,
+    Gaussian,
+    Likelihood,
+    MultiCategorical,
+    Poisson,
+    Weighted,
+)
 from natgrad.testing.likelihoods import check_likelihood
 
 LIKELIHOODS: dict[str, Likelihood] = {
     "categorical": Categorical(),
+    "two categorical decisions": MultiCategorical([2, 2]),
+    "decisions of which one has no choice": MultiCategorical((1, 3)),
     "bernoulli": Bernoulli(),
     "gaussian": Gaussian(),
     "gaussian of scale 0.3": Gaussian(0.3),

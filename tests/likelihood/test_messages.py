@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError, NatgradError, ShapeError
-from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson, Weighted
+from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, MultiCategorical, Poisson, Weighted
 
 F34 = torch.zeros(3, 4)
 
@@ -23,6 +23,7 @@ F34 = torch.zeros(3, 4)
         (Categorical(), torch.zeros(3, 4, dtype=torch.complex64), ArgumentError, "torch.complex64"),
         (Categorical(), {"logits": F34}, ArgumentError, "got dict.*output.logits"),
         (Categorical(), torch.zeros(3, 1), ShapeError, r"at least two classes.*\[3, 1\].*natgrad.Bernoulli"),
+        (MultiCategorical([2, 3]), F34, ShapeError, r"needs 5 logits.*got shape \[3, 4\]"),
         (Gaussian.learned(), torch.zeros(3, 5), ShapeError, r"even number of columns.*\[3, 5\].*Gaussian\(scale"),
         (Gaussian((1.0, 2.0)), F34, ShapeError, r"2 scales.*\[3, 4\]"),
         (Weighted(Categorical()), torch.zeros(4), ShapeError, r"got \[4\]"),
@@ -33,6 +34,7 @@ def test_outputs(likelihood: Likelihood, f: Tensor, error: type[NatgradError], m
         likelihood.check_output(f)
 
 
+TWO = MultiCategorical([1, 3])
 IMAGE = torch.zeros(2, 4, 5, 5)  # classes on axis 1, as torch's loss takes them
 
 
@@ -53,6 +55,11 @@ IMAGE = torch.zeros(2, 4, 5, 5)  # classes on axis 1, as torch's loss takes them
         (Categorical(), F34, torch.zeros(3, dtype=torch.bool), ArgumentError, "torch.bool.*natgrad.Bernoulli"),
         (Categorical(), F34, (torch.zeros(3).long(), torch.ones(3)), ArgumentError, r"Weighted\(Categorical\(\)\)"),
         (Categorical(), F34, [0, 1, 2], ArgumentError, "type list.*as_tensor"),
+        (TWO, F34, torch.zeros(3).long(), ShapeError, r"integer targets of shape \[3, 2\], one per decision.*\[3\]"),
+        (TWO, F34, torch.zeros(3, 4).long(), ShapeError, r"\[3, 2\].*\[3, 4\]"),
+        (TWO, F34, torch.zeros(3, 2), ShapeError, r"integer targets.*torch.float32"),
+        (TWO, F34, torch.tensor([[0, 3]] * 3), ArgumentError, "Decision 1 .*between 3 and 3.*between 0 and 2"),
+        (TWO, F34, torch.tensor([[-1, 0]] * 3), ArgumentError, "Decision 0 .*between -1 and -1.*between 0 and 0"),
         (Bernoulli(), F34, torch.full((3, 4), -1.0), ArgumentError, r"between -1 and -1.*\(target \+ 1\) / 2"),
         (Bernoulli(), F34, torch.full((3, 4), 2), ArgumentError, "between 2 and 2.*natgrad.Categorical"),
         (Bernoulli(), F34, torch.full((3, 4), math.nan), ArgumentError, "between nan and nan"),
@@ -80,6 +87,7 @@ def test_targets(likelihood: Likelihood, f: Tensor, y: Tensor, error: type[Natgr
     [
         (Categorical(), torch.tensor([0, 3, 1])),
         (Categorical(), torch.full((3, 4), 0.25)),
+        (TWO, torch.tensor([[0, 2], [0, 0], [0, 1]])),
         (Bernoulli(), torch.zeros(3, 4, dtype=torch.bool)),
         (Bernoulli(), torch.full((3, 4), 0.5)),
         (Bernoulli(), torch.ones(3, 4, dtype=torch.int64)),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,46 @@ def categorical() -> Family:
         return torch.multinomial(p, n, replacement=True, generator=generator).T.reshape(n, *f.shape[:-1])
 
     return Family("categorical", nll, kl, fisher, sample)
+
+
+def multi_categorical(classes: Sequence[int]) -> Family:
+    """Logits f of decisions with ``classes[k]`` classes each; y [*batch, K] integer labels.
+
+    Written over the joint outcomes: log p(y) is linear in f up to the logarithm of Π_k Σ_c exp f_kc.
+    """
+    outcomes = torch.cartesian_prod(*map(torch.arange, classes)).reshape(-1, len(classes))  # [O, K]
+    first = torch.tensor([sum(classes[:k]) for k in range(len(classes))])
+    table = torch.zeros(len(outcomes), sum(classes), dtype=torch.float64)  # which logits an outcome adds up
+    table[torch.arange(len(outcomes))[:, None], outcomes + first] = 1.0
+
+    def log_p(f: Tensor) -> Tensor:
+        return torch.log_softmax(f @ table.to(f).T, -1)
+
+    def nll(f: Tensor, y: Tensor) -> Tensor:
+        return -log_p(f).gather(-1, _mixed_radix(y, classes).unsqueeze(-1)).squeeze(-1)
+
+    def kl(f: Tensor, g: Tensor) -> Tensor:
+        return (log_p(f).exp() * (log_p(f) - log_p(g))).sum(-1)
+
+    def fisher(f: Tensor) -> Tensor:
+        chosen, p = table.to(f), log_p(f).exp()
+        mean = p @ chosen
+        return torch.einsum("...o,oi,oj->...ij", p, chosen, chosen) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def sample(f: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        p = log_p(f).exp().reshape(-1, len(outcomes))
+        drawn = torch.multinomial(p, n, replacement=True, generator=generator).T
+        return outcomes[drawn].reshape(n, *f.shape[:-1], len(classes))
+
+    return Family("multi_categorical", nll, kl, fisher, sample)
+
+
+def _mixed_radix(y: Tensor, classes: Sequence[int]) -> Tensor:
+    """The index of the joint outcome y, the last decision changing fastest."""
+    index = torch.zeros_like(y[..., 0])
+    for k, n in enumerate(classes):
+        index = index * n + y[..., k]
+    return index
 
 
 def bernoulli() -> Family:
