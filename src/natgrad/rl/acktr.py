@@ -44,7 +44,7 @@ class ACKTR:
     structure: Structure = Kronecker()
     average: float = 0.99
     refresh: Refresh = Refresh(1, 5)
-    critic: CriticFit = field(default_factory=lambda: CriticFit(epochs=2, average=0.99, refresh=Refresh(1, 5)))
+    critic: CriticFit = field(default_factory=CriticFit.kfac)
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> OneStepLearner:
         """Start learning."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from natgrad.likelihood import Gaussian
-from natgrad.metric import Fisher, Kronecker, MonteCarlo, Structure
+from natgrad.metric import Exact, Fisher, Gram, Kronecker, Structure
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.policy import Critic
@@ -24,21 +24,27 @@ class CriticFit:
     matrix is JᵀJ, so that natural gradient is Gauss–Newton.
 
     Args:
-        structure: of the Fisher matrix.
+        structure: of the Fisher matrix. The default solves the Gauss–Newton system of a batch exactly: one pass of it
+            fits as well as ten passes of Adam.
         epochs: passes over the samples.
         batch: samples of a step; of a recurrent critic: sequences × steps.
-        lr, damping, search: of the optimizer.
+        lr, damping, search, average, refresh, momentum: of the optimizer.
     """
 
-    structure: Structure = Kronecker()
-    epochs: int = 5
+    structure: Structure = Gram()
+    epochs: int = 1
     batch: int = 512
-    lr: float = 0.5
-    damping: float | Damping = FactoredTikhonov(1e-2)
-    search: Search = KLClip(1e-1)
-    average: float = 0.9
-    refresh: Refresh = Refresh(2, 4)
+    lr: float = 1.0
+    damping: float | Damping = 0.1
+    search: Search = KLClip(0.1)
+    average: float = 0.0
+    refresh: Refresh = Refresh(1, 1)
     momentum: float = 0.0
+
+    @classmethod
+    def kfac(cls) -> CriticFit:
+        """The critic of ACKTR: K-FAC, with averages over many small batches."""
+        return cls(Kronecker(), epochs=2, lr=0.5, damping=FactoredTikhonov(1e-2), average=0.99, refresh=Refresh(1, 5))
 
     def fitter(self, critic: Critic, seed: int) -> CriticFitter:
         """Start fitting ``critic``."""
@@ -57,7 +63,7 @@ class CriticFitter:
             lr=fit.lr,
             damping=fit.damping,
             momentum=fit.momentum,
-            metric=Fisher(MonteCarlo(), fit.structure),
+            metric=Fisher(Exact(), fit.structure),
             search=fit.search,
             average=fit.average,
             refresh=fit.refresh,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -148,13 +149,17 @@ class GaussianHead(Head):
         return actions.clip(-1.0, 1.0)
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
-        given = actions.cpu().double().numpy()
+        given = actions.cpu().numpy()
+        low, high, middle, half, finite = self._bounds
+        scaled = np.where(finite, middle + half * self.bounded(given), given)
+        return np.clip(scaled, low, high).astype(self.dtype).reshape(-1, *self.shape)
+
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, ...]:
         low, high = np.array(self.low), np.array(self.high)
         finite = np.isfinite(low) & np.isfinite(high)
-        low, high = np.where(finite, low, 0.0), np.where(finite, high, 0.0)
-        inside = np.clip(0.5 * (low + high) + 0.5 * (high - low) * self.bounded(given), low, high)
-        free = given.clip(np.array(self.low), np.array(self.high))
-        return np.where(finite, inside, free).astype(self.dtype).reshape(-1, *self.shape)
+        inner_low, inner_high = np.where(finite, low, 0.0), np.where(finite, high, 0.0)
+        return low, high, 0.5 * (inner_low + inner_high), 0.5 * (inner_high - inner_low), finite
 
 
 @dataclass(frozen=True)
