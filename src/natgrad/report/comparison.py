@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from natgrad.errors import ArgumentError, MissingExtraError
-from natgrad.report import pictures, svg, theme, words
+from natgrad.report import page as pages
+from natgrad.report import pictures, theme, words
 from natgrad.report.svg import grouped, number
 from natgrad.report.theme import Style
 from natgrad.tasks.results import Comparison, SummaryRow, Tuning
@@ -31,29 +31,16 @@ def write_comparison(comparison: Comparison, out_dir: str | os.PathLike[str]) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         comparison.save(folder / JSON_NAME)
-        target = folder / HTML_NAME
-        target.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(
-            f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. The path may be a file, may "
-            "lie in a folder without write permission, or the disk may be full. Give another folder, such as runs/new."
-        ) from error
-    return target
+        raise pages.unwritable(folder, error) from error
+    return pages.write(page, folder, HTML_NAME)
 
 
 def render(comparison: Comparison) -> str:
     """The page as text."""
-    jinja2 = _jinja2()
+    environment = pages.environment()
     looks = pictures.styles(comparison)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(Path(__file__).parent / "templates")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     environment.filters["named"] = lambda words_: _named(words_, looks)
-    environment.filters["number"] = number
     figures = pictures.pictures(comparison)
     return environment.get_template("comparison.html.j2").render(
         comparison=comparison,
@@ -63,23 +50,13 @@ def render(comparison: Comparison) -> str:
         columns=COLUMNS,
         rows=table(comparison),
         figures=figures,
-        keys={name: _key(style) for name, style in looks.items()},
+        keys={name: pages.key(style) for name, style in looks.items()},
         facts=facts(comparison),
         grid=grid(comparison),
         failures=[run for run in comparison.runs if run.failure],
         failed_trials=[t for t in comparison.settings.tuning.trials if t.failure] if comparison.settings.tuning else [],
         json_name=JSON_NAME,
     )
-
-
-def _jinja2() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError(
-            "Writing a report needs jinja2, which is not installed. Install it with: pip install natgrad[report]"
-        ) from error
-    return jinja2
 
 
 @dataclass(frozen=True)
@@ -242,14 +219,6 @@ def _grid_cell(tuning: Tuning, optimizer: str, lr: float, chosen: float | None) 
     shown = number(float(np.median(losses)), 4) if losses else "failed" if trials else "not tried"
     picked = chosen is not None and math.isclose(chosen, lr, rel_tol=1e-6)
     return GridCell(f"{lr:.4g}", shown, picked, failure)
-
-
-def _key(style: Style) -> str:
-    """The little line and marker that stands beside a name."""
-    inner = svg.polyline([(1, 7), (27, 7)], "series", style.dash) + svg.marker(14, 7, style.marker, "dot", 4)
-    look = f'style="--c:var(--s{style.slot})"'
-    size = 'width="28" height="14" viewBox="0 0 28 14" aria-hidden="true"'
-    return f'<svg xmlns="{svg.NAMESPACE}" class="key" {size} {look}>{inner}</svg>'
 
 
 def _named(sentence: str, looks: Mapping[str, Style]) -> Any:
