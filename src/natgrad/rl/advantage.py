@@ -32,7 +32,7 @@ def advantages(
         [T, N]; plus ``values`` it is the λ-return, the critic's target.
     """
     deltas = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
-    goes_on = torch.where(terminated | truncated, 0.0, gamma * lam).to(deltas.dtype)
+    goes_on = torch.where(terminated | truncated, torch.zeros_like(deltas), gamma * lam)  # not rounded to float32
     result = torch.empty_like(deltas)
     following = torch.zeros_like(deltas[0])
     for t in range(len(deltas) - 1, -1, -1):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from natgrad.errors import ArgumentError, EnvironmentFault, UnsupportedError
+from natgrad.rl import masks
+from natgrad.rl.spaces import observation_size
 
 EnvironmentLike = str | Callable[[], gym.Env] | VectorEnv
 Mode = Literal["sync", "async"]
@@ -31,6 +35,7 @@ def make(
 
     Raises:
         ArgumentError: n below one, an unknown id, or ``module:id`` without ``import_code``.
+        EnvironmentFault: the environment's own code raised while it was made.
     """
     if isinstance(environment, VectorEnv):
         return environment
@@ -43,17 +48,29 @@ def make(
             f"it, say so (import_code=True, or --import-code on the command line); otherwise use {name!r}."
         )
 
-    def one() -> gym.Env:
-        env = gym.make(environment, **options) if isinstance(environment, str) else environment()
-        return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
-
     if mode not in ("sync", "async"):
         raise ArgumentError(f"mode must be 'sync' or 'async', got {mode!r}.")
-    kind = SyncVectorEnv if mode == "sync" else AsyncVectorEnv
+    maker, kind = _Maker(environment, options), SyncVectorEnv if mode == "sync" else AsyncVectorEnv
     try:
-        return kind([one] * n, autoreset_mode=AutoresetMode.DISABLED)
+        return kind([maker] * n, autoreset_mode=AutoresetMode.DISABLED)
     except gym.error.Error as error:
-        raise ArgumentError(f"The environment {environment!r} cannot be made: {error}") from error
+        raise ArgumentError(f"The environment {maker.name!r} cannot be made: {error}") from error
+    except Exception as error:
+        raise EnvironmentFault(f"{maker.name} raised {type(error).__name__} while it was made: {error}") from error
+
+
+class _Maker:
+    """Makes one environment with an array as observation, and remembers what it is called."""
+
+    def __init__(self, environment: str | Callable[[], gym.Env], options: dict[str, Any]) -> None:
+        self.environment, self.options = environment, options
+        self.name = environment if isinstance(environment, str) else getattr(environment, "__name__", "environment")
+
+    def __call__(self) -> gym.Env:
+        given = self.environment
+        env = gym.make(given, **self.options) if isinstance(given, str) else given()
+        self.name = _name_of_one(env)
+        return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
 
 
 @dataclass(frozen=True)
@@ -96,19 +113,31 @@ class Environments:
         stream: separates the episodes of, say, evaluation from those of training under one seed.
 
     Attributes:
+        name: of the environment.
         observations: [n, D] the states to act on.
         starts: [n] whether an episode begins there.
         mask: [n, C] allowed actions, where the environments give ``info["action_mask"]``; else None.
+        replayable: whether a state can be reached again.
         finished: the episodes that ended since :meth:`take_finished`.
+
+    Raises:
+        UnsupportedError: observations that are not an array, or no autoreset where one is needed.
+        ArgumentError: a negative seed.
+        EnvironmentFault: the first reset failed.
     """
 
     def __init__(self, vector: VectorEnv, seed: int, stream: int = 0) -> None:
+        if seed < 0:
+            raise ArgumentError(f"seed must not be negative, got {seed}.")
         self.vector, self.seed, self.stream = vector, seed, stream
-        self.n = vector.num_envs
-        mode = vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
-        self.mode = AutoresetMode(mode)
+        self.n, self.name = vector.num_envs, _name(vector)
+        observation_size(vector.single_observation_space)
         base = vector.unwrapped
-        self.replayable = isinstance(base, (SyncVectorEnv, AsyncVectorEnv)) and self.mode != AutoresetMode.SAME_STEP
+        self.mode = _mode(vector, self.name)
+        self._seeded_singly = isinstance(base, (SyncVectorEnv, AsyncVectorEnv))
+        self.replayable = self._seeded_singly and self.mode != AutoresetMode.SAME_STEP
+        if self.mode == AutoresetMode.NEXT_STEP and not getattr(base, "shared_memory", True):
+            self.replayable = False  # such workers reset themselves once more after they were reset
         if self.mode == AutoresetMode.DISABLED and not self.replayable:
             raise UnsupportedError(
                 f"{type(base).__name__} does not reset its environments, and cannot be told which to reset. Use the "
@@ -116,21 +145,26 @@ class Environments:
             )
         self.finished: list[Episode] = []
         self._episodes = np.zeros(self.n, dtype=np.int64)
+        self.mask: np.ndarray | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """New episodes everywhere."""
         self._returns, self._lengths = np.zeros(self.n), np.zeros(self.n, dtype=np.int64)
         self._actions: list[list[np.ndarray]] = [[] for _ in range(self.n)]
         self._resetting = np.zeros(self.n, dtype=bool)
-        self.mask: np.ndarray | None = None
         self.starts = np.ones(self.n, dtype=bool)
         self.observations = self._reset_all()
 
     def _seeds(self) -> Any:  # a list, which gymnasium's annotations leave out
         words = [np.random.SeedSequence((self.seed, self.stream, i, int(k))) for i, k in enumerate(self._episodes)]
-        return [int(w.generate_state(1)[0] >> 1) for w in words]
+        seeds = [int(w.generate_state(1)[0] >> 1) for w in words]
+        return seeds if self._seeded_singly else seeds[0]
 
     def _reset_all(self) -> np.ndarray:
-        with self._faults("reset"):
+        with _Faults(self.name, "reset"):
             observations, infos = self.vector.reset(seed=self._seeds())
-        self._take_mask(infos)
+        self._take_mask(infos, np.ones(self.n, dtype=bool))
         return self._flat(observations)
 
     def step(self, actions: np.ndarray) -> Transition:
@@ -139,18 +173,18 @@ class Environments:
         Raises:
             EnvironmentFault: an environment raised, or gave a reward or an observation that is not finite.
         """
-        with self._faults("step"):
+        with _Faults(self.name, "step"):
             observations, rewards, terminated, truncated, infos = self.vector.step(actions)
-        self._take_mask(infos)
-        following = self._flat(observations)
+        terminated, truncated = (self._column(x, bool, "terminations") for x in (terminated, truncated))
         valid, done = ~self._resetting, terminated | truncated
-        rewards = np.asarray(rewards, dtype=np.float64)
+        ended = done if self.mode != AutoresetMode.SAME_STEP else np.zeros_like(done)
+        self._take_mask(infos, np.ones(self.n, dtype=bool), ended)
+        following = self._flat(observations)
+        rewards = self._column(rewards, np.float64, "rewards")
         self._check_rewards(rewards)
         states = following
         if self.mode == AutoresetMode.SAME_STEP and done.any():
-            states = following.copy()
-            for i in np.flatnonzero(done):
-                states[i] = np.asarray(infos["final_obs"][i], dtype=np.float32).reshape(-1)
+            states = self._final(following, done, infos)
         if self.replayable:
             for i in range(self.n):
                 self._actions[i].append(np.array(actions[i]))
@@ -173,10 +207,23 @@ class Environments:
             self._episodes[i] += 1
             self._actions[i] = []
 
+    def _final(self, following: np.ndarray, done: np.ndarray, infos: dict[str, Any]) -> np.ndarray:
+        """``following`` with the last states of the episodes that ended, which ``infos`` keeps."""
+        if "final_obs" not in infos:
+            raise EnvironmentFault(
+                f"{self.name} resets itself in the step that ends an episode, but gives no info['final_obs']: without "
+                "the last state of an episode that was cut off, its value is not known."
+            )
+        given = [infos["final_obs"][i] if done[i] else following[i] for i in range(self.n)]
+        shape = self.vector.single_observation_space.shape or ()
+        with _Faults(self.name, "step"):
+            stacked = np.stack([np.asarray(x, dtype=np.float32).reshape(shape) for x in given])
+        return self._flat(stacked)
+
     def _reset(self, which: np.ndarray) -> np.ndarray:
-        with self._faults("reset"):
-            observations, infos = self.vector.reset(seed=self._seeds(), options={"reset_mask": which})
-        self._take_mask(infos)
+        with _Faults(self.name, "reset"):
+            observations, infos = self.vector.reset(seed=self._seeds(), options={"reset_mask": which.copy()})
+        self._take_mask(infos, which)
         return self._flat(observations)
 
     def take_finished(self) -> list[Episode]:
@@ -194,113 +241,160 @@ class Environments:
         """What :meth:`load_state_dict` needs: numbers and actions, no pickled environment."""
         return {
             "episodes": self._episodes.tolist(),
-            "actions": [[a.tolist() for a in actions] for actions in self._actions],
+            "actions": [torch.from_numpy(np.stack(a)) if a else None for a in self._actions],
             "returns": self._returns.tolist(),
             "lengths": self._lengths.tolist(),
-            "observations": self.observations.tolist(),
+            "observations": torch.from_numpy(self.observations),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Bring the environments back: every running episode is reset with its seed, and its actions taken again.
 
         Returns:
-            Whether the states are those that were saved, bit for bit. If not (an environment that is not deterministic
-            given seed and actions, or that cannot be reset by itself), new episodes begin.
+            Whether observations and returns are those that were saved, bit for bit. If not (an environment that is not
+            deterministic given seed and actions, or that cannot be reset by itself), new episodes begin.
         """
         self._episodes = np.array(state["episodes"], dtype=np.int64)
-        if not self.replayable:
-            self.observations = self._reset_all()
+        same = False
+        if self.replayable:
+            given = [[] if actions is None else list(actions.numpy()) for actions in state["actions"]]
+            returns = self._replay(given)
+            same = np.array_equal(self.observations, state["observations"].numpy())
+            same = same and returns.tolist() == state["returns"]
+        if not same:
+            self._episodes += 1
+            self._begin()
             return False
-        space = self.vector.single_action_space
-        given = [[np.asarray(a, dtype=space.dtype) for a in actions] for actions in state["actions"]]
-        longest = max(len(actions) for actions in given)
+        self._actions, self.starts = given, np.array([not actions for actions in given])
+        self._resetting[:] = False
+        self._returns = returns
+        self._lengths = np.array(state["lengths"], dtype=np.int64)
+        return True
+
+    def _replay(self, given: list[list[np.ndarray]]) -> np.ndarray:
+        """Take the actions of every environment's episode again; all of them end together. Returns their returns.
+
+        Environments with fewer actions wait: they do anything that is allowed, and are reset when their turn comes.
+        """
+        longest, space = max(map(len, given)), self.vector.single_action_space
+        returns = np.zeros(self.n)
         self.observations = self._reset_all()
         for t in range(longest):
             begin = np.array([len(actions) == longest - t for actions in given])
             if t and begin.any():
                 self.observations = self._reset(begin)
-            row = [a[max(0, t - longest + len(a))] if a else space.sample() for a in given]
-            with self._faults("step"):
-                observations, _, terminated, truncated, infos = self.vector.step(np.stack(row))
-            self._take_mask(infos)
+            row, playing = [], np.zeros(self.n, dtype=bool)
+            for i, actions in enumerate(given):
+                k = t - longest + len(actions)
+                playing[i] = k >= 0
+                mask = None if self.mask is None else self.mask[i]
+                row.append(actions[k] if playing[i] else masks.first_allowed(mask, space))
+            with _Faults(self.name, "step"):
+                observations, rewards, terminated, truncated, infos = self.vector.step(np.stack(row))
+            done = np.asarray(terminated, dtype=bool) | np.asarray(truncated, dtype=bool)
+            self._take_mask(infos, np.ones(self.n, dtype=bool), done)
             self.observations = self._flat(observations)
-            done = terminated | truncated
+            returns += np.where(playing, rewards, 0.0)
             if done.any():
                 self.observations = self._reset(done)
         fresh = np.array([not actions for actions in given])
         if longest and fresh.any():
             self.observations = self._reset(fresh)
-        same = np.array_equal(self.observations, np.array(state["observations"], dtype=np.float32))
-        self._resetting[:] = False
-        if not same:
-            self._episodes += 1
-            self._returns[:], self._lengths[:], self._actions = 0.0, 0, [[] for _ in range(self.n)]
-            self.observations, self.starts = self._reset_all(), np.ones(self.n, dtype=bool)
-            return False
-        self._actions, self.starts = given, fresh
-        self._returns = np.array(state["returns"], dtype=np.float64)
-        self._lengths = np.array(state["lengths"], dtype=np.int64)
-        return True
+        return returns
 
     # Checks
 
-    def _faults(self, what: str) -> _Faults:
-        return _Faults(self.vector, what)
+    def _column(self, given: Any, dtype: type, what: str) -> np.ndarray:
+        with _Faults(self.name, "step"):
+            column = np.asarray(given, dtype=dtype)
+        if column.shape != (self.n,):
+            raise EnvironmentFault(f"{self.name} gave {what} of shape {column.shape} instead of ({self.n},).")
+        return column
 
     def _flat(self, observations: Any) -> np.ndarray:
-        array = np.asarray(observations, dtype=np.float32)
+        with _Faults(self.name, "step or reset"), np.errstate(over="ignore"):
+            array = np.asarray(observations, dtype=np.float32)
         wanted = (self.n, *(self.vector.single_observation_space.shape or ()))
         if array.shape != wanted:
             raise EnvironmentFault(
-                f"{_name(self.vector)} gave observations of shape {array.shape}, but its observation space promises "
-                f"{wanted}. Mend the environment's observation_space or what it returns."
+                f"{self.name} gave observations of shape {array.shape}, but its observation space promises {wanted}. "
+                "Mend the environment's observation_space or what it returns."
             )
         flat = array.reshape(self.n, -1)
         if not np.isfinite(flat).all():
             raise EnvironmentFault(
-                f"{_name(self.vector)} gave an observation that is not finite (environment "
+                f"{self.name} gave an observation that is not finite (environment "
                 f"{int(np.flatnonzero(~np.isfinite(flat).all(1))[0])}). No update was made with it."
             )
         return flat.copy()
 
     def _check_rewards(self, rewards: np.ndarray) -> None:
-        if not np.isfinite(rewards).all():
-            i = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        bad = ~(np.abs(rewards) <= np.finfo(np.float32).max)  # NaN compares as false
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
             raise EnvironmentFault(
-                f"{_name(self.vector)} gave the reward {rewards[i]} in environment {i}, step "
-                f"{int(self._lengths[i]) + 1} of its episode. No update was made with it; mend the reward, or bound it "
-                "with gymnasium.wrappers.TransformReward."
+                f"{self.name} gave the reward {rewards[i]} in environment {i}, step {int(self._lengths[i]) + 1} of its "
+                "episode: it must be finite, and within float32. No update was made with it; mend the reward, or bound "
+                "it with gymnasium.wrappers.TransformReward."
             )
 
-    def _take_mask(self, infos: dict[str, Any]) -> None:
-        given = infos.get("action_mask")
-        if given is None:
-            return
-        there = np.asarray(infos.get("_action_mask", np.ones(self.n, dtype=bool)))
+    def _take_mask(self, infos: dict[str, Any], which: np.ndarray, ended: np.ndarray | None = None) -> None:
+        """The masks of the environments in ``which``; all is allowed to one that gives none.
+
+        ``ended``: those whose episode is over, where nothing need be allowed.
+        """
+        given, space = infos.get("action_mask"), self.vector.single_action_space
+        found = {}
+        if given is not None:
+            there = np.asarray(infos.get("_action_mask", np.ones(self.n, dtype=bool)))
+            found = {int(i): masks.read(given[i], space, self.name) for i in np.flatnonzero(there & which)}
         if self.mask is None:
-            first = np.asarray(given[int(np.flatnonzero(there)[0])]).reshape(-1)
-            self.mask = np.ones((self.n, first.size), dtype=bool)
-        for i in np.flatnonzero(there):
-            self.mask[i] = np.asarray(given[i]).reshape(-1).astype(bool)
+            if not found:
+                return
+            self.mask = np.ones((self.n, next(iter(found.values())).size), dtype=bool)
+        self.mask[which] = True
+        for i, mask in found.items():
+            self.mask[i] = mask
+        running = which if ended is None else which & ~ended
+        masks.check(self.mask, running, space, self.name)
 
 
 class _Faults:
     """Names the environment and what was asked of it where it raises."""
 
-    def __init__(self, vector: VectorEnv, what: str) -> None:
-        self.vector, self.what = vector, what
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception):
-            raise EnvironmentFault(
-                f"{_name(self.vector)} raised {type(error).__name__} in {self.what}(): {error}. The last checkpoint is "
-                "kept."
-            ) from error
+            raise EnvironmentFault(f"{self.name} raised {type(error).__name__} in {self.what}: {error}") from error
+
+
+def _mode(vector: VectorEnv, name: str) -> AutoresetMode:
+    given = vector.metadata.get("autoreset_mode")
+    if given is None:
+        warnings.warn(
+            f"{name} does not say how it resets its environments (metadata['autoreset_mode']); NEXT_STEP is assumed. "
+            "If that is wrong, what is learned is wrong.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return AutoresetMode.NEXT_STEP
+    return AutoresetMode(given)
 
 
 def _name(vector: VectorEnv) -> str:
-    spec = getattr(vector, "spec", None)
-    return getattr(spec, "id", None) or type(vector.unwrapped).__name__
+    base = vector.unwrapped
+    if isinstance(base, SyncVectorEnv):
+        return _name_of_one(base.envs[0])
+    if isinstance(base, AsyncVectorEnv) and isinstance(base.env_fns[0], _Maker):
+        return base.env_fns[0].name  # known from the one that gymnasium made in this process to ask for its spaces
+    spec = base.get_attr("spec")[0] if isinstance(base, AsyncVectorEnv) else getattr(vector, "spec", None)
+    return getattr(spec, "id", None) or type(base).__name__
+
+
+def _name_of_one(env: gym.Env) -> str:
+    return getattr(env.spec, "id", None) or type(env.unwrapped).__name__

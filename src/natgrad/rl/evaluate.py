@@ -50,32 +50,39 @@ def evaluate(
 
     Args:
         policy: not changed.
-        environment: see :func:`natgrad.rl.make`; not a ``VectorEnv`` of another size than ``episodes``.
+        environment: see :func:`natgrad.rl.make`; a ``VectorEnv`` must have ``episodes`` environments, and stays open.
         episodes: how many.
         seed: of the episodes, and of the actions where they are sampled.
         deterministic: take the most probable action; otherwise sample.
         mode, import_code: see :func:`natgrad.rl.make`.
     """
     vector = make(environment, episodes, mode=mode, import_code=import_code)
-    if vector.num_envs != episodes:
-        raise ArgumentError(f"{vector.num_envs} environments cannot run {episodes} episodes: one each.")
-    environments = Environments(vector, seed, HELD_OUT)
-    device = next(policy.parameters()).device
-    generator = None if deterministic else torch.Generator(device=device).manual_seed(seed)
-    memory, running = policy.start(episodes), np.ones(episodes, dtype=bool)
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
+    try:
+        if vector.num_envs != episodes:
+            raise ArgumentError(f"{vector.num_envs} environments cannot run {episodes} episodes: one each.")
+        return _whole_episodes(policy, Environments(vector, seed, HELD_OUT), None if deterministic else seed)
+    finally:
+        if vector is not environment:
+            vector.close()
+
+
+def _whole_episodes(policy: Policy, environments: Environments, seed: int | None) -> Evaluation:
+    """One episode of each environment; ``seed`` samples the actions, None takes the most probable ones."""
+    n, parameter = environments.n, next(policy.parameters())
+    generator = None if seed is None else torch.Generator(device=parameter.device).manual_seed(seed)
+    memory, running = policy.start(n), np.ones(n, dtype=bool)
+    returns, lengths = np.zeros(n), np.zeros(n, dtype=int)
     while running.any():
         mask = environments.mask
         actions, _, memory = policy.act(
-            torch.from_numpy(environments.observations).to(device),
-            None if mask is None else torch.from_numpy(mask).to(device),
+            torch.from_numpy(environments.observations).to(parameter),
+            None if mask is None else torch.from_numpy(mask).to(parameter.device),
             memory=memory,
-            starts=torch.from_numpy(environments.starts).to(device),
+            starts=torch.from_numpy(environments.starts).to(parameter.device),
             generator=generator,
         )
         seen = environments.step(policy.head.to_environment(actions))
         returns += np.where(running, seen.rewards, 0.0)
         lengths += running
         running &= ~(seen.terminated | seen.truncated)
-    environments.close()
     return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()))

@@ -24,6 +24,7 @@ class RunningMoments(nn.Module):
     def __init__(self, size: int, limit: float = 10.0) -> None:
         super().__init__()
         self.limit = limit
+        self._kept: tuple[tuple, Tensor, Tensor] | None = None
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -38,6 +39,8 @@ class RunningMoments(nn.Module):
         """Take the rows of ``values`` [*, size] into the moments (Chan, Golub & LeVeque 1979)."""
         rows = values.reshape(-1, values.shape[-1]).to(self.mean)
         n = float(rows.shape[0])
+        if n == 0:
+            return
         mean, variance = rows.mean(0), rows.var(0, unbiased=False)
         total = self.count + n
         shift = mean - self.mean
@@ -47,8 +50,15 @@ class RunningMoments(nn.Module):
         self.count.copy_(total)
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = (x - self.mean.to(x.dtype)) / self.scale.to(x.dtype)
-        return normalised.clamp(-self.limit, self.limit)
+        mean, scale = self._terms(x)
+        return ((x - mean) / scale).clamp(-self.limit, self.limit)
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale in the precision of ``x``, kept while the moments stay as they are: acting is many passes."""
+        key = (id(self.mean), self.mean._version, self.variance._version, x.dtype, x.device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.mean.to(x), self.scale.to(x)
+        return self._kept[1:]
 
 
 class Unchanged(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from natgrad.errors import UnsupportedError
+from natgrad.errors import NonFiniteError, UnsupportedError
 from natgrad.rl.advantage import advantages
 from natgrad.rl.environments import Environments
 from natgrad.rl.policy import Critic, Policy
@@ -89,7 +90,7 @@ class Collector:
 
     Args:
         environments: where it acts.
-        policy, critic: on the device of ``policy`` everything is computed.
+        policy, critic: everything is computed on the device and in the dtype of ``policy``.
         horizon: T, steps of each environment per rollout.
         gamma, lam: of :func:`natgrad.rl.advantage.advantages`.
         generator: samples the actions, on the policy's device.
@@ -108,7 +109,8 @@ class Collector:
     ) -> None:
         self.environments, self.policy, self.critic = environments, policy, critic
         self.horizon, self.gamma, self.lam, self.generator = horizon, gamma, lam, generator
-        self.device = next(policy.parameters()).device
+        first = next(policy.parameters())
+        self.device, self.dtype = first.device, first.dtype
         if policy.recurrent and not _whole(environments):
             raise UnsupportedError(
                 "A recurrent policy cannot learn from environments that reset themselves in a step of their own "
@@ -118,21 +120,29 @@ class Collector:
         self.critic_memory = critic.start(environments.n)
 
     def collect(self) -> Rollout:
-        """Act for ``horizon`` steps with the policy as it is."""
-        environments, rows, first = self.environments, [], self.memory
-        for _ in range(self.horizon):
+        """Act for ``horizon`` steps with the policy as it is, and longer until there is one valid step.
+
+        Raises:
+            EnvironmentFault: an environment failed.
+            NonFiniteError: the policy's output is not finite.
+        """
+        environments, rows, first, any_valid = self.environments, [], self.memory, False
+        while len(rows) < self.horizon or not any_valid:
             observations = torch.from_numpy(environments.observations)
             starts = torch.from_numpy(environments.starts)
             mask = None if environments.mask is None else torch.from_numpy(environments.mask.copy())
             actions, f, self.memory = self.policy.act(
-                observations.to(self.device),
+                observations.to(self.device, self.dtype),
                 None if mask is None else mask.to(self.device),
                 memory=self.memory,
                 starts=starts.to(self.device),
                 generator=self.generator,
             )
+            if not math.isfinite(float(f.sum())):
+                raise NonFiniteError("The policy's output is not finite: its parameters are NaN or too large.")
             seen = environments.step(self.policy.head.to_environment(actions))
             rows.append((observations, mask, actions, f, starts, seen))
+            any_valid = any_valid or bool(seen.valid.any())
         seen = [row[5] for row in rows]
 
         def stacked(k: int) -> Tensor:
@@ -142,16 +152,16 @@ class Collector:
             return torch.from_numpy(np.stack(arrays)).to(self.device)
 
         return Rollout(
-            observations=stacked(0),
-            mask=None if rows[0][1] is None else stacked(1),
+            observations=stacked(0).to(self.dtype),
+            mask=_masks([row[1] for row in rows], self.device),
             actions=stacked(2),
             f=stacked(3),
-            rewards=gathered([s.rewards for s in seen]).float(),
+            rewards=gathered([s.rewards for s in seen]).to(self.dtype),
             terminated=gathered([s.terminated for s in seen]),
             truncated=gathered([s.truncated for s in seen]),
             valid=gathered([s.valid for s in seen]),
             starts=stacked(4),
-            following=gathered([s.observations for s in seen]),
+            following=gathered([s.observations for s in seen]).to(self.dtype),
             memory=first,
         )
 
@@ -208,6 +218,14 @@ class Collector:
         self.critic_memory = memories[:, -1]
         following = critic.values(next_outputs)[..., 0].reshape(outputs.shape[:2])
         return critic.values(outputs)[..., 0].transpose(0, 1), following.transpose(0, 1)
+
+
+def _masks(given: list[Tensor | None], device: torch.device) -> Tensor | None:
+    """[T, N, C]; before the environments gave their first mask, all was allowed."""
+    some = next((mask for mask in given if mask is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.ones_like(some) if mask is None else mask for mask in given]).to(device)
 
 
 def _whole(environments: Environments) -> bool:

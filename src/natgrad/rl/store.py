@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from natgrad.checkpoint import load as load_snapshot
 from natgrad.checkpoint import save as save_snapshot
-from natgrad.errors import ArgumentError, SnapshotError
+from natgrad.checkpoint.atomic import replace_file
+from natgrad.errors import ArgumentError, NatgradError, NonFiniteError, SnapshotError
 from natgrad.rl import heads
 from natgrad.rl.networks import Recurrent
 from natgrad.rl.normalise import RunningMoments
@@ -39,15 +42,22 @@ def save(policy: Policy, folder: str | os.PathLike[str], **about: Any) -> Path:
         about: plain values to keep with it, such as ``environment="CartPole-v1"``.
 
     Raises:
-        ArgumentError: a policy with a body of its own, whose shape is not known here.
+        ArgumentError: a policy with a body of its own, whose shape is not known here; or ``about`` is not plain.
+        NonFiniteError: the policy has NaN or infinity in it.
     """
+    for name, value in policy.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"{name} of the policy is not finite; nothing was saved. Save an earlier policy.")
+    head = {f.name: _plain(getattr(policy.head, f.name)) for f in dataclasses.fields(policy.head) if f.init}  # pyright: ignore
+    content = {"head": {"kind": type(policy.head).__name__, **head}, "network": _network(policy), "about": about}
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"What is kept with a policy must be plain finite values ({error}).") from error
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    head = {f.name: getattr(policy.head, f.name) for f in dataclasses.fields(policy.head) if f.init}  # pyright: ignore
-    content = {"head": {"kind": type(policy.head).__name__, **head}, "network": _network(policy), "about": about}
-    text = json.dumps(content, indent=1)
     save_snapshot(target / "policy.safetensors", policy)
-    (target / "policy.json").write_text(text + "\n")
+    replace_file(target / "policy.json", [(text + "\n").encode()])
     return target
 
 
@@ -58,30 +68,63 @@ def load(folder: str | os.PathLike[str]) -> Policy:
         SnapshotError: a file is missing or damaged.
     """
     path = Path(folder) / "policy.json"
+    content = _content(path)
     try:
-        content = json.loads(path.read_text())
         given = dict(content["head"])
         kind = _HEADS[given.pop("kind")]
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        head = kind(**fields)
-        network = content["network"]
-        policy, _ = build(
-            network["observations"],
-            head,
-            hidden=tuple(network["hidden"]),
-            recurrent=network["recurrent"],
-            normalise=network["normalise"],
-            state_dependent_scale=network["state_dependent_scale"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        head = kind(**{name: _exact(value) for name, value in given.items()})
+        network = dict(content["network"])
+        dtype, limit = getattr(torch, network.pop("dtype")), float(network.pop("limit"))
+        size, hidden = network.pop("observations"), tuple(network.pop("hidden"))
+        policy = _built(size, head, hidden, network).to(dtype)
+    except (AttributeError, ValueError, KeyError, TypeError, RuntimeError, IndexError, NatgradError) as error:
         raise SnapshotError(f"{path} does not describe a policy ({type(error).__name__}: {error}).") from error
+    if isinstance(policy.normaliser, RunningMoments):
+        policy.normaliser.limit = limit
     load_snapshot(Path(folder) / "policy.safetensors", policy)
     return policy
 
 
 def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was kept with the policy."""
-    return json.loads((Path(folder) / "policy.json").read_text())["about"]
+    """What was kept with the policy.
+
+    Raises:
+        SnapshotError: the description is missing or damaged.
+    """
+    path = Path(folder) / "policy.json"
+    found = _content(path).get("about")
+    if not isinstance(found, dict):
+        raise SnapshotError(f"{path} does not describe a policy.")
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"{path} cannot be read as JSON ({type(error).__name__}: {error}).") from error
+    if not isinstance(content, dict):
+        raise SnapshotError(f"{path} does not describe a policy.")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity, which bounds of actions may have."""
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return repr(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_exact(v) for v in value)
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def _built(size: int, head: heads.Head, hidden: tuple[int, ...], shape: dict[str, bool]) -> Policy:
+    """A policy of that shape; the global random stream, which its weights would be drawn from, stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        return build(size, head, hidden=hidden, **shape)[0]
 
 
 def _network(policy: Policy) -> dict[str, Any]:
@@ -96,11 +139,18 @@ def _network(policy: Policy) -> dict[str, Any]:
         "normalise": isinstance(policy.normaliser, RunningMoments),
         "state_dependent_scale": isinstance(policy.head, heads.GaussianHead) and policy.log_scale is None,
     }
-    rebuilt, _ = build(size, policy.head, hidden=tuple(hidden), **shape)
-    ours, theirs = policy.state_dict(), rebuilt.state_dict()
-    if {n: v.shape for n, v in ours.items()} != {n: v.shape for n, v in theirs.items()}:
+    rebuilt, first = _built(size, policy.head, tuple(hidden), shape), next(policy.parameters())
+    if _layout(rebuilt) != _layout(policy):
         raise ArgumentError(
             "Only policies of natgrad.rl.build can be saved as JSON; one with a body of its own is saved by "
             "natgrad.save(path, policy) and loaded into a policy that your code makes."
         )
-    return {"observations": size, "hidden": hidden, **shape}
+    limit = policy.normaliser.limit if isinstance(policy.normaliser, RunningMoments) else 0.0
+    dtype = str(first.dtype).removeprefix("torch.")
+    return {"observations": size, "hidden": hidden, **shape, "limit": limit, "dtype": dtype}
+
+
+def _layout(policy: Policy) -> list[Any]:
+    """Kinds of all modules, and shapes of all tensors."""
+    kinds: list[Any] = [type(module) for module in policy.modules()]
+    return kinds + [(name, value.shape) for name, value in policy.state_dict().items()]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 
 from natgrad.checkpoint import load, save
-from natgrad.errors import ArgumentError, NonFiniteError, SnapshotError
+from natgrad.errors import ArgumentError, EnvironmentFault, NonFiniteError, SnapshotError
 from natgrad.rl.algorithm import Algorithm, Setup
 from natgrad.rl.environments import EnvironmentLike, Environments, Mode, make
 from natgrad.rl.objective import behaviour, entropy, explained_variance, mean_kl, surrogate
@@ -54,10 +57,13 @@ class Training:
             action), ``kl_normaliser`` (of renewing the normaliser after it); ``entropy``; ``surrogate`` (its measured
             gain); ``explained_variance`` (of the critic, before its fit); ``seconds`` since the start, and what the
             algorithm adds.
-        resumed: None, or whether the environments went on from their very states.
+        resumed: None, or whether the environments went on from their very states; where they could not, there is a
+            warning, and new episodes began.
 
     Raises:
-        ArgumentError: see the arguments; or ``folder`` holds a checkpoint of another run.
+        ArgumentError: see the arguments; or ``networks`` do not fit the environment.
+        EnvironmentFault: the environment could not be made or reset.
+        SnapshotError: ``folder`` holds a damaged checkpoint, or one of another run.
     """
 
     def __init__(
@@ -77,18 +83,31 @@ class Training:
     ) -> None:
         if steps < 1:
             raise ArgumentError(f"steps must be at least 1, got {steps}.")
+        if every < 1:
+            raise ArgumentError(f"every must be at least 1, got {every}.")
         self.algorithm, self.setup, self.steps, self.seed, self.every = algorithm, setup, steps, seed, every
         self.path = None if folder is None else Path(folder) / "checkpoint.safetensors"
         vector = make(environment, setup.environments, mode=mode, import_code=import_code)
-        self.environments = Environments(vector, seed)
+        try:
+            self._start(Environments(vector, seed), device, networks)
+        except BaseException:
+            with suppress(Exception):
+                vector.close()
+            raise
+
+    def _start(
+        self, environments: Environments, device: str | torch.device, networks: tuple[Policy, Critic] | None
+    ) -> None:
+        setup, seed, self.environments = self.setup, self.seed, environments
         if networks is None:
             networks = self._networks()
         self.policy: Policy = networks[0].to(device)
         self.critic: Critic = networks[1].to(device)
+        self._check_networks()
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.learner = algorithm.learner(self.policy, self.critic, seed)
+        self.learner = self.algorithm.learner(self.policy, self.critic, seed)
         self.collector = Collector(
-            self.environments,
+            environments,
             self.policy,
             self.critic,
             horizon=setup.horizon,
@@ -122,16 +141,41 @@ class Training:
                 log_scale=setup.log_scale,
             )
 
+    def _check_networks(self) -> None:
+        """Raises ArgumentError unless the policy takes the environment's observations and gives actions it has."""
+        environments, policy = self.environments, self.policy
+        parameter = next(policy.parameters())
+        observations = torch.from_numpy(environments.observations).to(parameter)
+        starts = torch.ones(environments.n, device=parameter.device)
+        try:
+            actions = policy.act(observations, memory=policy.start(environments.n), starts=starts)[0]
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"The policy does not take observations of {environments.name}, which have {observations.shape[1]} "
+                f"entries: {error}"
+            ) from error
+        space, action = environments.vector.single_action_space, policy.head.to_environment(actions)[0]
+        if bool(torch.isfinite(actions).all()) and not space.contains(action):
+            raise ArgumentError(
+                f"{policy.head} gives actions such as {action!r}, but those of {environments.name} are {space}. Take "
+                "the head that natgrad.rl.head_for(env.action_space) gives."
+            )
+
     @property
     def modules(self) -> nn.ModuleDict:
         """Policy and critic in one module, as they are saved."""
         return nn.ModuleDict({"policy": self.policy, "critic": self.critic})
 
     def __iter__(self) -> Iterator[Record]:
-        """Train; a record after every update. The environments are closed when training ends."""
+        """Train; a record after every update. The environments are closed when training ends, or fails."""
         self._since = time.perf_counter()
         while self.taken < self.steps:
-            record = self.update()
+            try:
+                record = self.update()
+            except Exception:
+                with suppress(Exception):  # what failed is raised, and not what comes of it
+                    self.close()
+                raise
             done = self.taken >= self.steps
             if self.path is not None and (done or len(self.history) % self.every == 0):
                 self.save()
@@ -153,17 +197,46 @@ class Training:
 
         Raises:
             EnvironmentFault: an environment failed; nothing was updated.
-            NonFiniteError: the policy diverged; the last checkpoint is kept.
+            NonFiniteError: policy or critic diverged; the last checkpoint is kept.
         """
-        rollout = self.collector.collect()
-        samples = self.collector.samples(rollout)
-        old = behaviour(self.policy, samples)
-        quality = self._explained(samples)
-        metrics = self.learner.update(samples, old, self.taken / self.steps)
-        self.taken += int(rollout.valid.sum())
-        record = self._record(samples, old, metrics | {"explained_variance": quality})
+        with self._explaining():
+            self._check_finite("Before")
+            rollout = self.collector.collect()
+            samples = self.collector.samples(rollout)
+            old = behaviour(self.policy, samples)
+            quality = self._explained(samples)
+            metrics = self.learner.update(samples, old, self.taken / self.steps)
+            self._check_finite("After")
+            record = self._record(
+                samples, old, self.taken + int(rollout.valid.sum()), metrics | {"explained_variance": quality}
+            )
         self.history.append(record)
         return record
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """What failed, and what is left of the run."""
+        try:
+            yield
+        except (EnvironmentFault, NonFiniteError) as error:
+            if self.path is None:
+                kept = "This run keeps no checkpoints; give folder=... to have them."
+            elif self.path.exists():
+                kept = f"The last checkpoint, {self.path}, is kept."
+            else:
+                kept = f"There is no checkpoint yet in {self.path.parent}: the first is written at update {self.every}."
+            raise type(error)(f"{error} {kept}") from error
+
+    def _check_finite(self, when: str) -> None:
+        for name, value in self.modules.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise self._diverged(when, name)
+
+    def _diverged(self, when: str, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{when} update {len(self.history) + 1} {what} is not finite: training diverged. Take a smaller radius or "
+            "learning rate, or more damping."
+        )
 
     @torch.no_grad()
     def _explained(self, samples: Samples) -> float:
@@ -171,15 +244,12 @@ class Training:
         return float(explained_variance(values[..., 0], samples.returns))
 
     @torch.no_grad()
-    def _record(self, samples: Samples, old: torch.Tensor, metrics: dict[str, float]) -> Record:
-        policy, ended = self.policy, self.environments.take_finished()
+    def _record(self, samples: Samples, old: torch.Tensor, taken: int, metrics: dict[str, float]) -> Record:
+        policy = self.policy
         new = policy(*samples.inputs)
         if not bool(torch.isfinite(new).all()):
-            kept = "" if self.path is None else f" The last checkpoint, {self.path}, is kept."
-            raise NonFiniteError(
-                f"After update {len(self.history) + 1} the policy's output is not finite: training diverged.{kept} "
-                "Take a smaller radius or learning rate, or more damping."
-            )
+            raise self._diverged("After", "the policy's output")
+        ended, self.taken = self.environments.take_finished(), taken
         before, gain = surrogate(policy, old, samples), surrogate(policy, new, samples)
         policy.normaliser.update(samples.observations)  # pyright: ignore[reportCallIssue]
         self.episodes += len(ended)
@@ -225,14 +295,16 @@ class Training:
         """What must be the same for a run to go on as the same run."""
         setup = asdict(self.setup) | {"hidden": list(self.setup.hidden)}
         return {
-            "algorithm": repr(self.algorithm),
+            "algorithm": re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm)),
             "setup": setup,
             "seed": self.seed,
-            "environment": str(getattr(self.environments.vector.spec, "id", "")),
+            "environment": self.environments.name,
         }
 
     def _resume(self, path: Path) -> None:
-        extras = load(path, self.modules, self.learner)
+        extras = load(path)
+        if "run" not in extras or "environments" not in extras:
+            raise SnapshotError(f"{path} is no checkpoint of natgrad.rl. Name another folder, or move it away.")
         ours, theirs = self._identity(), extras["run"]
         different = [name for name in ours if ours[name] != theirs.get(name)]
         if different:
@@ -240,11 +312,20 @@ class Training:
                 f"{path} is of another run: it differs in {', '.join(different)} (there {theirs[different[0]]!r}, here "
                 f"{ours[different[0]]!r}). Name another folder, or delete it."
             )
+        load(path, self.modules, self.learner)
         self.history, self.taken, self.episodes = extras["history"], extras["taken"], extras["episodes"]
         self.recent = [(pair[0], pair[1]) for pair in extras["recent"]]
         self.generator.set_state(extras["generator"])
         self._seconds = extras["seconds"]
         self.resumed = self.environments.load_state_dict(extras["environments"])
+        if not self.resumed:
+            warnings.warn(
+                f"{self.environments.name} could not be brought back to the states of the checkpoint: it is not "
+                "deterministic given seed and actions, or resets itself. Training goes on with new episodes, and is "
+                "not the run that an uninterrupted one would have been.",
+                UserWarning,
+                stacklevel=4,
+            )
         device = next(self.policy.parameters()).device
         memory = [None if m is None else m.to(device) for m in extras["memory"]]
         self.collector.memory, self.collector.critic_memory = memory
