@@ -179,8 +179,7 @@ class Collector:
             gamma=self.gamma,
             lam=self.lam,
         )
-        chosen = raw[rollout.valid]
-        normalised = (raw - chosen.mean()) / chosen.std(unbiased=False).clamp(min=1e-8)
+        normalised = _normalised(raw, values, rollout.valid)
         log_probs = -self.policy.head.likelihood.nll(rollout.f, rollout.actions)
         recurrent = self.policy.recurrent
 
@@ -226,6 +225,15 @@ def _masks(given: list[Tensor | None], device: torch.device) -> Tensor | None:
     if some is None:
         return None
     return torch.stack([torch.ones_like(some) if mask is None else mask for mask in given]).to(device)
+
+
+def _normalised(raw: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """Advantages of mean 0 and variance 1; all 0 where they differ by rounding alone, which is no signal to follow."""
+    chosen = raw[valid]
+    spread = chosen.std(unbiased=False)
+    size = (chosen.abs() + values[valid].abs()).max()
+    # Not ``spread > …``: advantages that are NaN must stay so.
+    return torch.where(spread <= 32 * torch.finfo(raw.dtype).eps * size, 0.0, (raw - chosen.mean()) / spread)
 
 
 def _whole(environments: Environments) -> bool:
