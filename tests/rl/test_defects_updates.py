@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from defect_problems import (
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 
+from natgrad.errors import ArgumentError
 from natgrad.likelihood import Gaussian
 from natgrad.linalg import DenseMatrix, Solver
 from natgrad.metric import Dense, MatrixFree
@@ -94,6 +96,30 @@ def by_name(policy: Policy, critic: Critic) -> OneStepLearner:
 def test_d11_parameters_selected_by_name(algorithm: TRPO | NPG | ACKTR | PPO) -> None:
     check_all_parameters_move(lambda policy, critic: algorithm.learner(policy, critic, 0))
     must_fail(check_all_parameters_move, by_name, match="body.value.weight.* did not move")
+
+
+def check_shared_trunk(make: Callable[[Policy, Critic], OneStepLearner | PPOLearner]) -> None:
+    """Either refused, or the radius holds for the whole update, the critic's fit included."""
+    trunk = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    policy = Policy(nn.Sequential(trunk, nn.Linear(5, 2)), gaussian_head(2), Unchanged(), log_scale=0.0).double()
+    critic = Critic(nn.Sequential(trunk, nn.Linear(5, 1)), Unchanged()).double()
+    samples, old = samples_of(policy)
+    try:
+        make(policy, critic).update(samples, old, 0.0)
+    except ArgumentError as error:
+        assert "body.0.0.weight" in str(error)
+        return
+    kl = moved(policy, samples, old)
+    assert kl <= 1e-3, f"after the critic's fit KL is {kl:.2g}, the radius 1e-3"
+
+
+def test_d11_shared_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_shared_trunk(lambda policy, critic: TRPO(max_kl=1e-3).learner(policy, critic, 0))
+    check_shared_trunk(lambda policy, critic: PPO(max_kl=1e-3, lr=1e-2).learner(policy, critic, 0))
+    for kind in (OneStepLearner, PPOLearner):
+        monkeypatch.setattr(sys.modules[kind.__module__], "check_apart", lambda policy, critic: None)
+    for algorithm in (TRPO(max_kl=1e-3), PPO(max_kl=1e-3, lr=1e-2)):
+        must_fail(check_shared_trunk, lambda p, c, a=algorithm: a.learner(p, c, 0), match="after the critic's fit")
 
 
 # D12

@@ -12,7 +12,7 @@ from natgrad.metric import MatrixFree, Structure
 from natgrad.optim import NaturalGradient
 from natgrad.rl.critic import CriticFitter
 from natgrad.rl.objective import entropy, surrogate
-from natgrad.rl.policy import Policy
+from natgrad.rl.policy import Policy, check_apart
 from natgrad.rl.rollout import Samples
 
 Rate = Callable[[float], float]
@@ -42,6 +42,9 @@ class OneStepLearner:
         critic: fits the critic.
         entropy: weight of the policy's entropy in what is maximised.
         rate: the learning rate at a fraction of training; None: that of the optimizer throughout.
+
+    Raises:
+        ArgumentError: policy and critic share parameters.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class OneStepLearner:
         entropy: float = 0.0,
         rate: Rate | None = None,
     ) -> None:
+        check_apart(policy, critic.critic)
         self.policy, self.optimizer, self.critic, self.entropy, self.rate = policy, optimizer, critic, entropy, rate
 
     def update(self, samples: Samples, old: Tensor, progress: float) -> dict[str, float]:

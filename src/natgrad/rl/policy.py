@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ShapeError
+from natgrad.errors import ArgumentError, ShapeError
 from natgrad.rl.heads import GaussianHead, Head
 from natgrad.rl.networks import Recurrent, perceptron
 from natgrad.rl.normalise import RunningMoments, Unchanged
@@ -131,6 +131,18 @@ class Critic(Network):
     def values(self, normalised: Tensor) -> Tensor:
         """Values in units of the reward, from normalised ones."""
         return normalised * self.returns.scale.to(normalised) + self.returns.mean.to(normalised)
+
+
+def check_apart(policy: Policy, critic: Critic) -> None:
+    """Raise ArgumentError where ``policy`` and ``critic`` share a parameter: fitting one would move the other."""
+    owned = {id(p): name for name, p in policy.named_parameters()}
+    shared = [owned[id(p)] for p in critic.parameters() if id(p) in owned and p.requires_grad]
+    if shared:
+        raise ArgumentError(
+            f"Policy and critic share {len(shared)} parameters, {shared[0]} among them, so that each fit of the critic "
+            "would change the policy after its step was measured. Give the critic a copy (copy.deepcopy), or freeze "
+            "what is shared (requires_grad_(False))."
+        )
 
 
 def build(

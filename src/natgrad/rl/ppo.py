@@ -16,7 +16,7 @@ from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
 from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.objective import entropy, mean_kl, ratios, restore, saved
-from natgrad.rl.policy import Critic, Policy
+from natgrad.rl.policy import Critic, Policy, check_apart
 from natgrad.rl.rollout import Samples
 from natgrad.rl.training import Training
 from natgrad.step import FactoredTikhonov, KLClip
@@ -72,6 +72,7 @@ class PPOLearner:
     """Policy and critic with their optimizers."""
 
     def __init__(self, settings: PPO, policy: Policy, critic: Critic, seed: int) -> None:
+        check_apart(policy, critic)
         self.settings, self.policy, self.critic = settings, policy, critic
         self.generator = torch.Generator().manual_seed(seed)
         self.penalty = settings.penalty
