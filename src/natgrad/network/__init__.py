@@ -24,6 +24,7 @@ from natgrad.network.replay import (
     Pass,
     RandomState,
     full_precision,
+    is_compiled,
     is_replaying,
     record,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "as_arguments",
     "cells",
     "full_precision",
+    "is_compiled",
     "is_replaying",
     "misaligned_parameters",
     "mixing_parameters",

@@ -100,12 +100,21 @@ class Pass:
         if self.autocast is not None and (mixed or torch.is_autocast_enabled(device.type)):
             dtype = self.autocast if mixed else None
             casting = torch.autocast(device.type, dtype=dtype, enabled=mixed, cache_enabled=False)
-        # The math kernel alone can be differentiated twice.
-        with random_state(self.random, device), sdpa_kernel(SDPBackend.MATH), casting:
+        with random_state(self.random, device), casting:
             yield
 
     def run(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The output at ``parameters`` (qualified name → tensor; those not given stay as they are)."""
+        with sdpa_kernel(SDPBackend.MATH):  # it alone can be differentiated twice
+            return self._again(parameters)
+
+    def tape(self) -> Tape:
+        """What the layers see when the pass is run again, as they were written, with the attention it ran with."""
+        with torch.enable_grad(), recording(self.model) as tape:
+            tape.output = self._again()
+        return tape
+
+    def _again(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         if self.versions is not None and self.versions != _versions(self.args, self.kwargs):
             raise StaleTapeError(
                 "An input of the observed forward pass has been changed in place since, so that the pass cannot be run "
@@ -124,6 +133,17 @@ class Pass:
         if selected is None:
             raise UnsupportedError(f"The model returned {type(output).__name__}; natgrad needs a tensor output.")
         return selected
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` or a module in it runs as a compiled graph, inside which no hook of a layer fires."""
+    return "torch._dynamo" in sys.modules and any(_runs_compiled(module) for module in model.modules())
+
+
+def _runs_compiled(module: nn.Module) -> bool:
+    forward = getattr(module, "forward", None)  # compiled by itself, or that of what torch.compile(module) returns
+    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    return compiled or module._compiled_call_impl is not None
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -189,7 +189,7 @@ class Recorder:
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if torch.compiler.is_compiling():
-                return  # a compiled graph has no layers to watch; the coverage check names what was not seen
+                return  # traced into a graph: there is nothing to watch; the coverage check names what was not seen
             if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
                 return
             x = args[0] if args else kwargs.get("input")

@@ -79,22 +79,20 @@ class Examination:
         merged._agreed = merged.state()
         return merged, agreed
 
-    def possible(self, tape: Tape, output: Tensor) -> bool:
+    def possible(self, tape: Tape) -> bool:
         """Whether this pass can be examined: the first one must be finite, for nothing can be told from NaN."""
         if self.uncovered is not None:
             return True
-        seen = [output, *(use.input for uses in tape.uses.values() for use in uses)]
+        seen = [_output(tape), *(use.input for uses in tape.uses.values() for use in uses)]
         return all(bool(torch.isfinite(t).all()) for t in seen)
 
-    def examine(
-        self, metric: Metric, likelihood: Likelihood, tape: Tape, output: Tensor, generator: torch.Generator
-    ) -> bool:
+    def examine(self, metric: Metric, likelihood: Likelihood, tape: Tape, generator: torch.Generator) -> bool:
         """Learn from the first pass, and from a later one where it can show more; whether it did, and drew numbers.
 
         A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
         first with more than one row: with one, every axis looks like the batch.
         """
-        first, alone = self.uncovered is None, output.shape[0] == 1
+        first, alone = self.uncovered is None, _output(tape).shape[0] == 1
         names = tuple(trainable_parameters(tape.model)) if first else tuple(sorted(self.unreached))
         unreached = unreached_parameters(tape, names)
         if not first and unreached == self.unreached and (alone or not self.alone):
@@ -112,3 +110,8 @@ class Examination:
     def restored(state: dict[str, Any]) -> Examination:
         """What :meth:`state` gave."""
         return Examination(state["uncovered"], frozenset(state["unreached"]), state["alone"])
+
+
+def _output(tape: Tape) -> Tensor:
+    assert tape.output is not None
+    return tape.output

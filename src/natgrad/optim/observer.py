@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from natgrad.errors import ArgumentError, StaleTapeError
 from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
-from natgrad.network import Pass, Recorder, Tape, is_replaying, output_tensor
+from natgrad.network import Pass, Recorder, Tape, is_compiled, is_replaying, output_tensor
 
 
 class _Life:
@@ -28,7 +28,8 @@ class Observation:
     """One training pass of the model. Keeps the pass's graph alive no longer than the user does.
 
     Attributes:
-        tape: what the layers saw; None where no statistics are due, and once they are taken.
+        due: whether statistics are to be taken of it; no longer once they are.
+        tape: what the layers saw; None where none is due, or where the pass ran compiled and must be run again for it.
         observed: how to run the pass again.
         leaves: weak references to the tensors that the model returned, None for what is not a tensor.
         source: weak reference to the tensor that the likelihood reads; None until it is known.
@@ -40,6 +41,7 @@ class Observation:
         skipped: whether the pass is left out, because its output is not finite.
     """
 
+    due: bool
     tape: Tape | None
     observed: Pass
     leaves: list[weakref.ref[Tensor] | None]
@@ -84,14 +86,23 @@ class Observation:
 
     @contextmanager
     def differentiating(self, output: Tensor) -> Iterator[Tape]:
-        """The tape with its output, for backward passes of natgrad's own, which do not count as the user's."""
-        assert self.tape is not None
+        """The tape with its output, for backward passes of natgrad's own, which do not count as the user's.
+
+        A pass that ran compiled is run again here, and the tape's output is that of the second run.
+        """
+        if self.tape is None:
+            yield self.observed.tape()
+            return
         tape, self._own = self.tape, True
         tape.output = output
         try:
             yield tape
         finally:
             tape.output, self._own = None, False
+
+    def record(self, statistics: Statistics) -> None:
+        """Keep the statistics, and let go of the layers' inputs, which are no longer needed."""
+        self.statistics, self.tape, self.due = statistics, None, False
 
 
 def _before_conversions(output: Tensor) -> tuple[Any, int]:
@@ -141,18 +152,19 @@ class Observer:
 
     Args:
         model: the network.
-        wants_tape: whether the next pass's layers are to be recorded.
+        is_due: whether statistics are to be taken of the next pass.
         on_pass: called with each finished observation whose output is known, and with that output.
         wrapper: a module around the network that may return other tensors than the network did; None without one.
     """
 
     model: nn.Module
-    wants_tape: Callable[[], bool]
+    is_due: Callable[[], bool]
     on_pass: Callable[[Observation, Tensor], None]
     wrapper: nn.Module | None = None
     observations: list[Observation] = field(default_factory=list)
     _recorder: Recorder | None = None
     _pass: Pass | None = None
+    _due: bool = False
     _depth: int = 0
     _forced: bool = False
     _paused: bool = False
@@ -204,7 +216,9 @@ class Observer:
         if self._depth > 1 or not self._watching(module):
             return
         self._pass = Pass.begin(module, args, kwargs)
-        self._recorder = Recorder(module) if self.wants_tape() else None
+        self._due = self.is_due()
+        # No layer's hook fires inside a compiled graph, and one that is traced into it would only be compiled again.
+        self._recorder = Recorder(module) if self._due and not is_compiled(module) else None
 
     def _finish(self, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -219,7 +233,7 @@ class Observer:
         tape = recorder.tape if recorder is not None else None
         found = output_tensor(output)
         leaves = [weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
-        observation = Observation(tape, observed, leaves)
+        observation = Observation(self._due, tape, observed, leaves)
         self.observations = [o for o in self.observations if o.alive]
         self.observations.append(observation)
         if self.wrapper is not None:

@@ -171,7 +171,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._device = parameters[0].device
         self._generator = torch.Generator(device=self._device)
         self._wrapper = model if model is not inner else None
-        self._observer = Observer(inner, self._wants_tape, self._on_pass, self._wrapper)
+        self._observer = Observer(inner, self._due, self._on_pass, self._wrapper)
         self._unbound()
         return self
 
@@ -220,9 +220,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # Observation
 
-    def _wants_tape(self) -> bool:
-        metric = self._metric
-        return metric.needs_observation and not metric.replayed and self._statistics_due()
+    def _due(self) -> bool:
+        """Whether statistics are to be taken from the next pass itself."""
+        return not self._metric.replayed and self._statistics_due()
 
     def _statistics_due(self) -> bool:
         if not self._metric.needs_observation:
@@ -234,7 +234,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _on_pass(self, observation: Observation, output: Tensor) -> None:
         """Statistics right after the forward pass, while its graph is whole; later where the target is needed."""
         needs_target = self._metric.needs_target or self._likelihood.needs_target
-        if observation.tape is not None and not needs_target:
+        if observation.due and not needs_target:
             self._take_statistics(observation, output)
 
     def _take_statistics(self, observation: Observation, output: Tensor) -> None:
@@ -242,20 +242,20 @@ class NaturalGradient(torch.optim.Optimizer):
         if not any(o.statistics is not None for o in self._observer.observations):
             self._reseed()
         with full_precision(self._device), observation.differentiating(output) as tape:
-            observation.skipped = not self._examination.possible(tape, output)
+            observation.skipped = not self._examination.possible(tape)
             if observation.skipped:
                 return
             with torch.enable_grad():
-                if self._examination.examine(self._metric, self._likelihood, tape, output, self._generator):
+                if self._examination.examine(self._metric, self._likelihood, tape, self._generator):
                     self._reseed()  # so that the labels are those of a step without an examination
             curvature = self._curvature_for(self._partition())
             bases = self._bases(curvature)
             for other in self._observer.observations:
                 bases |= getattr(other.statistics, "bases", {})
-            observation.statistics = self._metric.statistics(
+            statistics = self._metric.statistics(
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
-        observation.tape = None  # the layers' inputs are no longer needed
+        observation.record(statistics)
 
     def _bases(self, curvature: Curvature) -> Bases:
         """Eigenbases in use; none before the first step, where what is laid out for a checkpoint means nothing."""
@@ -286,7 +286,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._likelihood.check_target(output, target)
             observation.target = target
         observation.explicit = True
-        if observation.tape is not None and observation.statistics is None:
+        if observation.due and observation.statistics is None:
             ready = target is not None or not (self._metric.needs_target or self._likelihood.needs_target)
             if ready:
                 self._take_statistics(observation, unwrapped(output))
@@ -456,8 +456,8 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         raise NotObservedError(
             "step() found gradients, but no training pass of the model was observed since the last step. Run the model "
-            "in training mode (model.train()) and not through a copy; if it was compiled after the optimizer was made, "
-            "give the optimizer the compiled model; or pass a closure that returns (loss, output)."
+            "in training mode (model.train()) and not through a copy; if it is compiled, give the optimizer what "
+            "torch.compile(model) returned; or pass a closure that returns (loss, output)."
         )
 
     def _groups(self) -> dict[str, Group]:
