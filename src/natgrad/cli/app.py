@@ -8,6 +8,7 @@ import typer
 
 from natgrad.cli.compare import compare
 from natgrad.cli.doctor import doctor
+from natgrad.cli.rl import rl
 from natgrad.cli.tasks import tasks
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(tasks)
+app.command()(rl)
 app.command()(doctor)
 
 

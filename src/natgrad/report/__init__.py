@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from natgrad.report.comparison import write_comparison
+from natgrad.report.learning import write_learning
 
-__all__ = ["write_comparison"]
+__all__ = ["write_comparison", "write_learning"]

@@ -176,16 +176,7 @@ def facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
         ),
         (
             "Machine",
-            [
-                ("processor", machine.cpu),
-                ("cores, threads", f"{machine.cores} cores, {machine.threads} threads used"),
-                ("device", machine.device),
-                ("matrix product rate", f"{number(machine.gemm_gflops)} GFLOP/s (float32, same process)"),
-                ("natgrad", machine.natgrad),
-                ("torch", machine.torch),
-                ("Python", machine.python),
-                ("system", machine.platform),
-            ],
+            pages.machine_facts(machine),
         ),
     ]
 

@@ -43,7 +43,8 @@ _LEFT, _TOP, _BOTTOM = 50, 30, 44
 class Curve:
     """A line with a band: the median of several seeds and their range at each x, and seeds drawn on their own.
 
-    ``extras`` are single seeds (x values, y values), drawn thin with a cross at their end: runs that failed.
+    ``extras`` are single seeds (x values, y values), drawn thin with a cross at their end: runs that failed; ``seeds``
+    are drawn thin without one.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Curve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     extras: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
+    seeds: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
+
+    @property
+    def thin(self) -> list[tuple[Sequence[float], Sequence[float]]]:
+        """All seeds drawn on their own."""
+        return [*self.extras, *self.seeds]
 
 
 def lines(
@@ -74,12 +81,12 @@ def lines(
     draws log(1 + x / x_offset), which has room for x = 0.
     """
     right = _names_margin([c.name for c in curves])
-    xs = [v for c in curves for v in c.x] + [v for c in curves for extra in c.extras for v in extra[0]]
+    xs = [v for c in curves for v in c.x] + [v for c in curves for extra in c.thin for v in extra[0]]
     xs = [v for v in xs if math.isfinite(v) and (v + x_offset > 0 or not log_x)]
     if not xs:
         return empty(name, title, "No finite values to draw.")
     ys = [v for c in curves for part in (c.middle, c.low, c.high) for v in part]
-    ys += [v for c in curves for extra in c.extras for v in extra[1]]
+    ys += [v for c in curves for extra in c.thin for v in extra[1]]
     low, high = y_range or padded(ys, log=log_y, include=(reference[0],) if reference else ())
     spare = max(xs) > min(xs)
     x_low, x_high = (min(xs), max(xs)) if spare else padded(xs, log=log_x)
@@ -139,7 +146,8 @@ def _band(curve: Curve, x: Scale, y: Scale) -> str:
 
 
 def _strokes(curve: Curve, x: Scale, y: Scale) -> str:
-    parts = []
+    runs = [_visible(xs, ys, x, y) for xs, ys in curve.seeds]
+    parts = [svg.polyline(run, "thin", curve.style.dash) for run in runs if len(run) > 1]
     points = _visible(curve.x, curve.middle, x, y)
     if len(points) > 1:
         parts.append(svg.polyline(points, "series", curve.style.dash))
@@ -158,7 +166,7 @@ def _end_labels(curves: Sequence[Curve], x: Scale, y: Scale) -> str:
     """A marker at each curve's end and its name at the right margin, moved apart where names would collide."""
     ends = []
     for curve in curves:
-        runs = [_visible(curve.x, curve.middle, x, y)] + [_visible(u, v, x, y) for u, v in curve.extras]
+        runs = [_visible(curve.x, curve.middle, x, y)] + [_visible(u, v, x, y) for u, v in curve.thin]
         points = next((run for run in runs if run), None)
         if points:
             px, py = points[-1]

@@ -10,6 +10,7 @@ from natgrad.errors import ArgumentError, MissingExtraError
 from natgrad.report import svg
 from natgrad.report.svg import number
 from natgrad.report.theme import Style
+from natgrad.tasks.results import Machine
 
 
 def environment() -> Any:
@@ -64,3 +65,17 @@ def key(style: Style) -> str:
     look = f'style="--c:var(--s{style.slot})"'
     size = 'width="28" height="14" viewBox="0 0 28 14" aria-hidden="true"'
     return f'<svg xmlns="{svg.NAMESPACE}" class="key" {size} {look}>{inner}</svg>'
+
+
+def machine_facts(machine: Machine) -> list[tuple[str, str]]:
+    """The machine as (name, value)."""
+    return [
+        ("processor", machine.cpu),
+        ("cores, threads", f"{machine.cores} cores, {machine.threads} threads used"),
+        ("device", machine.device),
+        ("matrix product rate", f"{number(machine.gemm_gflops)} GFLOP/s (float32, same process)"),
+        ("natgrad", machine.natgrad),
+        ("torch", machine.torch),
+        ("Python", machine.python),
+        ("system", machine.platform),
+    ]
