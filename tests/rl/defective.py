@@ -17,8 +17,8 @@ from natgrad.rl.critic import CriticFitter
 from natgrad.rl.heads import GaussianHead
 from natgrad.rl.objective import mean_kl
 from natgrad.rl.one_step import OneStepLearner
-from natgrad.rl.policy import Policy
-from natgrad.rl.ppo import PPOLearner
+from natgrad.rl.policy import Critic, Policy
+from natgrad.rl.ppo import PPO, PPOLearner
 from natgrad.rl.rollout import Collector, Rollout, Samples
 from natgrad.step import LocalModel, Step, Trial, TrustRegion
 from natgrad.step.local import BlockVector, Probe
@@ -374,3 +374,11 @@ class UndoesRoughly(PPOLearner):
                 for p in self.policy.parameters():
                     p.mul_(1 + 1e-15)
         return clipped
+
+
+class KeepsTheMoments(PPOLearner):
+    """D18: the optimizer goes on from the moments of the step that was taken back."""
+
+    def __init__(self, settings: PPO, policy: Policy, critic: Critic, seed: int) -> None:
+        super().__init__(settings, policy, critic, seed)
+        self.optimizer.load_state_dict = lambda state_dict: None  # type: ignore[method-assign]

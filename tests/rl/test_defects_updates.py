@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from natgrad.errors import ArgumentError
 from natgrad.likelihood import Gaussian
 from natgrad.linalg import DenseMatrix, Solver
-from natgrad.metric import Dense, MatrixFree
+from natgrad.metric import Dense, Kronecker, MatrixFree
 from natgrad.metric.running import Refresh
 from natgrad.optim import TrustRegionNGD
 from natgrad.rl import ACKTR, NPG, PPO, TRPO, Critic, CriticFit, Environments, Policy
@@ -137,7 +137,7 @@ class WithUnused(nn.Module):
         return self.body(x)
 
 
-def check_unused_parameter(kind: type[OneStepLearner]) -> None:
+def check_unused_parameter(make: Callable[[Policy, Critic], OneStepLearner | PPOLearner]) -> None:
     """With an unused parameter the others move as they do without it, and it stays."""
     ends = []
     for unused in (False, True):
@@ -146,16 +146,23 @@ def check_unused_parameter(kind: type[OneStepLearner]) -> None:
         inner = policy.body
         if unused:
             policy.body = WithUnused(inner)
-        learner = TRPO().learner(policy, critic, 0)
-        kind(policy, learner.optimizer, learner.critic).update(samples, old, 0.0)
+        start = vector(inner)
+        make(policy, critic).update(samples, old, 0.0)
         ends.append(torch.cat([vector(inner), policy.log_scale.detach()]))
+        assert not torch.equal(vector(inner), start)
         assert not unused or torch.equal(policy.body.unused, torch.ones(4).double()), "the unused parameter moved"
     assert torch.allclose(*ends, rtol=1e-9, atol=1e-12), "the others moved differently"
 
 
-def test_d12_unused_parameter_misaligns() -> None:
-    check_unused_parameter(OneStepLearner)
-    must_fail(check_unused_parameter, defective.Misaligned, match="moved")
+def misaligned(policy: Policy, critic: Critic) -> OneStepLearner:
+    learner = TRPO().learner(policy, critic, 0)
+    return defective.Misaligned(policy, learner.optimizer, learner.critic)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO(), NPG(), ACKTR(), PPO()], ids=lambda a: type(a).__name__)
+def test_d12_unused_parameter_misaligns(algorithm: TRPO | NPG | ACKTR | PPO) -> None:
+    check_unused_parameter(lambda policy, critic: algorithm.learner(policy, critic, 0))
+    must_fail(check_unused_parameter, misaligned, match="moved")
 
 
 # D13
@@ -359,13 +366,14 @@ def check_limit(kind: type[PPOLearner]) -> None:
     """The update ends at the last step within the limit, bit for bit, and the critic sees every minibatch."""
     free = PPO(clip=0.2, lr=1e-2, epochs=3, batch=32, anneal=False)
     policy, critic, samples, old = ppo_batch()
-    unlimited, path, kls = PPOLearner(free, policy, critic, 0), [], []
+    unlimited, path, kls, moments = PPOLearner(free, policy, critic, 0), [], [], []
     step = unlimited.optimizer.step
 
     def remember() -> None:
         step()
         path.append(vector(policy))
         kls.append(moved(policy, samples, old))
+        moments.append(_moments(unlimited))
 
     unlimited.optimizer.step = remember  # type: ignore[method-assign]
     unlimited.update(samples, old, 0.0)
@@ -376,10 +384,16 @@ def check_limit(kind: type[PPOLearner]) -> None:
     limited, kl, metrics = updated(kind, replace(free, max_kl=limit))
     assert kl <= limit, f"KL is {kl:.4f}, the limit {limit:.4f}"
     assert torch.equal(vector(limited.policy), path[allowed - 1]), "not the policy of the last step within the limit"
+    assert torch.equal(_moments(limited), moments[allowed - 1]), "the refused step is in the optimizer's moments"
     assert metrics["kl_refused"] == pytest.approx(kls[allowed], rel=1e-12), "not the policy's KL on all samples"
     assert metrics["steps"] == allowed, "another number of steps is reported"
     taken = {int(s["step"]) for s in limited.critic_optimizer.state.values()}
     assert taken == {12}, f"the critic took {taken} of 12 steps"
+
+
+def _moments(learner: PPOLearner) -> Tensor:
+    states = [learner.optimizer.state[p] for p in learner.policy.parameters()]
+    return torch.cat([s[name].reshape(-1) for s in states for name in ("exp_avg", "exp_avg_sq", "step")])
 
 
 def test_d18_kl_limit_of_ppo() -> None:
@@ -387,4 +401,18 @@ def test_d18_kl_limit_of_ppo() -> None:
     must_fail(check_limit, defective.ChecksBefore, match="KL is .* the limit")
     must_fail(check_limit, defective.ChecksAPart, match="KL is|not the policy|all samples")
     must_fail(check_limit, defective.UndoesRoughly, match="not the policy")
+    must_fail(check_limit, defective.KeepsTheMoments, match="moments")
     must_fail(check_limit, defective.StopsTheCritic, match="the critic took")
+
+
+def test_d18_first_step_refused() -> None:
+    """Natural gradient in the place of Adam: nothing of the update is left, and the next one can go further."""
+    policy, critic, samples, old = ppo_batch()
+    settings = PPO(max_kl=1e-9, structure=Kronecker(), lr=1.0, batch=32, anneal=False)
+    learner, start = PPOLearner(settings, policy, critic, 0), vector(policy)
+    for _ in range(2):
+        metrics = learner.update(samples, old, 0.0)
+        assert metrics["steps"] == 0 and metrics["accepted"] == 0 and metrics["kl_refused"] > 1e-9
+        assert torch.equal(vector(policy), start)
+    learner.settings = replace(settings, max_kl=1.0)
+    assert learner.update(samples, old, 0.0)["steps"] == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ class PPOLearner:
     def _policy_step(self, part: Samples, old: Tensor, samples: Samples, old_of_all: Tensor) -> Tensor:
         """One minibatch step; returns the fraction of clipped ratios."""
         settings, policy = self.settings, self.policy
-        before = saved(policy) if settings.max_kl is not None else None
+        before = None
+        if settings.max_kl is not None:
+            before = saved(policy), copy.deepcopy(self.optimizer.state_dict())
         self.optimizer.zero_grad()
         f = policy(*part.inputs)
         r = ratios(policy, f, part)
@@ -141,7 +144,8 @@ class PPOLearner:
             with torch.no_grad():
                 kl = float(mean_kl(policy, old_of_all, policy(*samples.inputs)))
             if not kl <= settings.max_kl:
-                restore(policy, before)
+                restore(policy, before[0])
+                self.optimizer.load_state_dict(before[1])  # else the next update would set out along the refused step
                 self._refused = kl
         return clipped
 
