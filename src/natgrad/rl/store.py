@@ -76,7 +76,7 @@ def load(folder: str | os.PathLike[str]) -> Policy:
         network = dict(content["network"])
         dtype, limit = getattr(torch, network.pop("dtype")), float(network.pop("limit"))
         size, hidden = network.pop("observations"), tuple(network.pop("hidden"))
-        policy = _built(size, head, hidden, network).to(dtype)
+        policy = _built(size, head, hidden, network, dtype)
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError, IndexError, NatgradError) as error:
         raise SnapshotError(f"{path} does not describe a policy ({type(error).__name__}: {error}).") from error
     if isinstance(policy.normaliser, RunningMoments):
@@ -121,10 +121,13 @@ def _exact(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf") else value
 
 
-def _built(size: int, head: heads.Head, hidden: tuple[int, ...], shape: dict[str, bool]) -> Policy:
+def _built(size: int, head: heads.Head, hidden: tuple[int, ...], shape: dict[str, bool], dtype: torch.dtype) -> Policy:
     """A policy of that shape; the global random stream, which its weights would be drawn from, stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        return build(size, head, hidden=hidden, **shape)[0]
+        policy = build(size, head, hidden=hidden, **shape)[0]
+    for p in policy.parameters():
+        p.data = p.data.to(dtype)
+    return policy
 
 
 def _network(policy: Policy) -> dict[str, Any]:
@@ -139,18 +142,23 @@ def _network(policy: Policy) -> dict[str, Any]:
         "normalise": isinstance(policy.normaliser, RunningMoments),
         "state_dependent_scale": isinstance(policy.head, heads.GaussianHead) and policy.log_scale is None,
     }
-    rebuilt, first = _built(size, policy.head, tuple(hidden), shape), next(policy.parameters())
-    if _layout(rebuilt) != _layout(policy):
+    dtype = next(policy.parameters()).dtype
+    if _layout(_built(size, policy.head, tuple(hidden), shape, dtype)) != _layout(policy):
         raise ArgumentError(
             "Only policies of natgrad.rl.build can be saved as JSON; one with a body of its own is saved by "
             "natgrad.save(path, policy) and loaded into a policy that your code makes."
         )
     limit = policy.normaliser.limit if isinstance(policy.normaliser, RunningMoments) else 0.0
-    dtype = str(first.dtype).removeprefix("torch.")
-    return {"observations": size, "hidden": hidden, **shape, "limit": limit, "dtype": dtype}
+    return {
+        "observations": size,
+        "hidden": hidden,
+        **shape,
+        "limit": limit,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _layout(policy: Policy) -> list[Any]:
-    """Kinds of all modules, and shapes of all tensors."""
+    """Kinds of all modules; names, shapes and dtypes of all tensors."""
     kinds: list[Any] = [type(module) for module in policy.modules()]
-    return kinds + [(name, value.shape) for name, value in policy.state_dict().items()]
+    return kinds + [(name, value.shape, value.dtype) for name, value in policy.state_dict().items()]
