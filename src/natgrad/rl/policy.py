@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.errors import ArgumentError, ShapeError
+from natgrad.errors import ArgumentError, NonFiniteError, ShapeError
 from natgrad.rl.heads import GaussianHead, Head
 from natgrad.rl.networks import Recurrent, perceptron
 from natgrad.rl.normalise import RunningMoments, Unchanged
@@ -105,6 +106,9 @@ class Policy(Network):
             mask: [n, C] of bool: which actions are allowed.
             memory, starts: [n, H] before the step, and [n], one where an episode begins.
             generator: samples actions; None takes the mode.
+
+        Raises:
+            NonFiniteError: f is not finite.
         """
         if self.recurrent:
             assert starts is not None
@@ -113,6 +117,8 @@ class Policy(Network):
             f, memory = self.parameters_of(outputs[:, 0], mask), memories[:, 0]
         else:
             f = self.parameters_of(self.run(observations, None, None)[0], mask)
+        if not math.isfinite(float(f.sum())):
+            raise NonFiniteError("The policy's output is not finite: its parameters are NaN or too large.")
         actions = self.head.mode(f) if generator is None else self.head.likelihood.sample(f, generator=generator)[0]
         return actions, f, memory
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from natgrad.errors import NonFiniteError, UnsupportedError
+from natgrad.errors import UnsupportedError
 from natgrad.rl.advantage import advantages
 from natgrad.rl.environments import Environments
 from natgrad.rl.policy import Critic, Policy
@@ -138,8 +137,6 @@ class Collector:
                 starts=starts.to(self.device),
                 generator=self.generator,
             )
-            if not math.isfinite(float(f.sum())):
-                raise NonFiniteError("The policy's output is not finite: its parameters are NaN or too large.")
             seen = environments.step(self.policy.head.to_environment(actions))
             rows.append((observations, mask, actions, f, starts, seen))
             any_valid = any_valid or bool(seen.valid.any())
