@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,8 +13,8 @@ import natgrad as ng
 from natgrad.errors import ArgumentError
 from natgrad.report.learned import Radius
 from natgrad.rl import Algorithm, Setup
+from natgrad.rl.presets import DEFAULTS, settings_for
 
-ALGORITHMS = ("trpo", "npg", "acktr", "ppo")
 STRUCTURES = {
     "matrix-free": ng.MatrixFree,
     "gram": ng.Gram,
@@ -44,7 +42,7 @@ def choose(
     """The settings of ``algo`` for ``environment``, with the options in their place.
 
     Args:
-        algo: one of ALGORITHMS.
+        algo: one of natgrad.rl.presets.DEFAULTS.
         environment: an id.
         structure: one of STRUCTURES, or None for that of the settings.
         direct: fields of the set-up or the algorithm that options of their own give; None where one was not given.
@@ -53,8 +51,8 @@ def choose(
     Raises:
         ArgumentError: an unknown name, or a value that the field does not take.
     """
-    if algo not in ALGORITHMS:
-        raise ArgumentError(f"There is no algorithm {algo!r}; --algo takes {', '.join(ALGORITHMS)}.")
+    if algo not in DEFAULTS:
+        raise ArgumentError(f"There is no algorithm {algo!r}; --algo takes {', '.join(DEFAULTS)}.")
     algorithm, setup, source = _settings(algo, environment)
     given = {name: value for name, value in direct.items() if value is not None}
     if "max_kl" in given and not _has(algorithm, "max_kl"):
@@ -63,26 +61,20 @@ def choose(
     if structure is not None:
         algorithm = _restructured(algorithm, structure)
         changed.append("structure")
-    for name, value in given.items():
-        algorithm, setup = _replaced(algorithm, setup, name, value)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
             raise ArgumentError(f"--set {assignment!r} is not name=value, such as --set lam=0.97.")
-        algorithm, setup = _replaced(algorithm, setup, name, _value(name, text))
+        given[name] = _value(name, text)
         changed.append(name)
+    algorithm, setup = _replaced(algorithm, setup, given)
     return Chosen(algorithm, setup, f"{source}; from the options: {', '.join(changed)}" if changed else source)
 
 
 def _settings(algo: str, environment: str) -> tuple[Algorithm, Setup, str]:
-    from natgrad import rl
-
-    default: Any = {"trpo": rl.TRPO, "npg": rl.NPG, "acktr": rl.ACKTR, "ppo": rl.PPO}[algo]
-    plain = (default(), Setup(environments=16, horizon=20) if algo == "acktr" else Setup())
-    if importlib.util.find_spec("natgrad.rl.presets") is None:
-        return *plain, f"defaults of {algo}"
-    algorithm, setup = importlib.import_module("natgrad.rl.presets").settings_for(algo, environment)
-    return algorithm, setup, f"defaults of {algo}" if (algorithm, setup) == plain else f"tuned for {environment}"
+    algorithm, setup = settings_for(algo, environment)
+    plain = (algorithm, setup) == DEFAULTS[algo]
+    return algorithm, setup, f"defaults of {algo}" if plain else f"tuned for {environment}"
 
 
 def _has(value: Any, name: str) -> bool:
@@ -97,32 +89,41 @@ def _restructured(algorithm: Any, structure: str) -> Any:
     return replace(algorithm, structure=STRUCTURES[structure](), **solver)
 
 
-def _replaced(algorithm: Any, setup: Setup, name: str, value: Any) -> tuple[Any, Setup]:
-    if _has(setup, name):
-        return algorithm, _with(setup, name, value)
-    if _has(algorithm, name.partition(".")[0]):
-        return _with(algorithm, name, value), setup
-    known = [*_plain_names(algorithm), *_plain_names(setup)]
-    raise ArgumentError(f"There is no setting {name!r}; --set takes {', '.join(sorted(known))}.")
+def _replaced(algorithm: Any, setup: Setup, given: Mapping[str, Any]) -> tuple[Any, Setup]:
+    """Both with the given fields, all at once: one value may only be allowed beside another."""
+    parts: dict[str, dict[str, Any]] = {"algorithm": {}, "setup": {}}
+    for name, value in given.items():
+        if not _has(setup, name) and not _has(algorithm, name.partition(".")[0]):
+            known = sorted([*_plain_names(algorithm), *_plain_names(setup)])
+            raise ArgumentError(f"There is no setting {name!r}; --set takes {', '.join(known)}.")
+        parts["setup" if _has(setup, name) else "algorithm"][name] = value
+    return _with(algorithm, parts["algorithm"]), _with(setup, parts["setup"])
 
 
-def _with(owner: Any, name: str, value: Any) -> Any:
-    """``owner`` with one field, perhaps of a part of it, replaced."""
-    first, _, rest = name.partition(".")
-    field = next((f for f in fields(owner) if f.name == first), None)
-    if field is None:
-        raise ArgumentError(f"There is no setting {name!r}; --set takes {', '.join(_plain_names(owner))}.")
-    if rest:
-        part = getattr(owner, first)
-        if not is_dataclass(part):
-            raise ArgumentError(f"{first} has no part {rest!r}.")
-        return replace(owner, **{first: _with(part, rest, value)})
-    kinds = {kind for kind in ("bool", "int", "float", "None", "tuple") if kind in str(field.type)}
+def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
+    """``owner`` with fields, perhaps of a part of it, replaced."""
+    found: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        field = next((f for f in fields(owner) if f.name == first), None)
+        if field is None or (rest and not is_dataclass(getattr(owner, first))):
+            raise ArgumentError(f"There is no setting {name!r}; --set takes {', '.join(_plain_names(owner))}.")
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            found[first] = _checked(name, value, str(field.type))
+    found |= {name: _with(getattr(owner, name), part) for name, part in inner.items()}
+    return replace(owner, **found)
+
+
+def _checked(name: str, value: Any, annotation: str) -> Any:
+    kinds = {kind for kind in ("bool", "int", "float", "None", "tuple") if kind in annotation}
     if not kinds - {"None"}:
         raise ArgumentError(f"{name} is no plain value, so --set cannot give it.")
     if type(value).__name__.removesuffix("Type") not in kinds | ({"int"} if "float" in kinds else set()):
         raise ArgumentError(f"{name} takes {' or '.join(sorted(kinds))}, not {value!r}.")
-    return replace(owner, **{first: value})
+    return value
 
 
 def _plain_names(owner: Any) -> list[str]:

@@ -67,7 +67,10 @@ def film(
     """
     if not isinstance(environment, str) and not callable(environment):
         raise UnsupportedError("A VectorEnv gives no pictures; give an id, or a function that makes one environment.")
-    options: dict[str, Any] = {"render_mode": "rgb_array"} if isinstance(environment, str) else {}
+    options: dict[str, Any] = {}
+    if isinstance(environment, str):
+        _check_modes(environment, import_code)
+        options["render_mode"] = "rgb_array"
     try:
         vector = make(environment, 1, import_code=import_code, **options)
         assert isinstance(vector, SyncVectorEnv)
@@ -103,6 +106,15 @@ def _run(policy: Policy, environments: Environments, camera: _Camera, limit: int
     return Film(tuple(camera.frames), tuple(camera.times), rate, steps, total, bool(environments.finished))
 
 
+def _check_modes(environment: str, import_code: bool) -> None:
+    """Raises UnsupportedError where the environment says itself that it draws no arrays."""
+    vector = make(environment, 1, import_code=import_code)
+    modes = vector.metadata.get("render_modes") or []
+    vector.close()
+    if "rgb_array" not in modes:
+        raise _unsupported(_Blind(f"it renders to {', '.join(map(str, modes)) or 'nothing'}, not to rgb_array"))
+
+
 class _Blind(Exception):
     """The environment rendered nothing that is a picture."""
 
@@ -114,9 +126,8 @@ class _Camera(gym.Wrapper):
     """
 
     def __init__(self, env: gym.Env, limit: int, every: int) -> None:
-        modes = env.metadata.get("render_modes") or []
         if env.render_mode != "rgb_array":
-            raise _Blind(f"it renders to {', '.join(map(str, modes)) or 'nothing'}, not to rgb_array")
+            raise _Blind(f"its render_mode is {env.render_mode!r}, not 'rgb_array'")
         super().__init__(env)
         self.frames: list[np.ndarray] = []
         self.times: list[int] = []
