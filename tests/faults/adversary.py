@@ -32,16 +32,19 @@ class Setting:
     decay: float
     dtype: torch.dtype
     labelled: bool  # whether natgrad is told the labels, without which it knows no loss
+    closure: bool  # whether a closure evaluates the model, which natgrad calls again to measure
+    mixed: bool  # whether the model runs in bfloat16 by autocast
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step did, measured on the observed batch and on other rows of the same population."""
+    """What one step did: the KL that natgrad reports, and ours on the observed batch and on other rows like it."""
 
     attack: str
     lr: float
     moved: bool
     accepted: bool
+    reported: float
     observed: float
     held_out: float
     setting: Setting
@@ -76,6 +79,7 @@ def settings(count: int) -> list[Setting]:
     for i in range(count):
         r = random.Random(i)
         damping = r.choice(DAMPINGS)
+        mixed = i % 5 == 4
         out.append(
             Setting(
                 seed=i,
@@ -86,8 +90,10 @@ def settings(count: int) -> list[Setting]:
                 damping=damping,
                 momentum=r.choice([0.0, 0.9]),
                 decay=r.choice([0.0, 0.1]),
-                dtype=r.choice([torch.float64, torch.float64, torch.float32]),
+                dtype=torch.float32 if mixed else r.choice([torch.float64, torch.float64, torch.float32]),
                 labelled=isinstance(damping, ng.LevenbergMarquardt) or r.random() < 0.2,
+                closure=i % 3 == 1 or i % 10 == 9,
+                mixed=mixed,
             )
         )
     return out
@@ -109,8 +115,8 @@ def labels(f: Tensor, kind: str, noise: bool, generator: torch.Generator) -> Ten
     return (y > 0).to(f.dtype) if kind == "bernoulli" else y
 
 
-def attack(kind: str, parameters: list[nn.Parameter], generator: torch.Generator) -> None:
-    """Change the gradients in place."""
+def attack(kind: str, parameters: list[nn.Parameter], generator: torch.Generator, first: bool = True) -> None:
+    """Change the gradients in place; ``first``: whether those of the model's first parameter are among them."""
 
     def randn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype)
@@ -127,7 +133,7 @@ def attack(kind: str, parameters: list[nn.Parameter], generator: torch.Generator
             p.grad.mul_(1e-12)
         if kind == "scattered":  # neighbouring entries that are powers of ten apart
             p.grad.mul_(10.0 ** (4 * randn(p.grad)))
-    if kind == "one entry":
+    if kind == "one entry" and first:
         parameters[0].grad.view(-1)[0] = 1e12
 
 
@@ -147,7 +153,8 @@ def run(setting: Setting, steps: int, search: Any = None) -> Iterator[Taken]:
                 damping=setting.damping,
                 momentum=setting.momentum,
                 weight_decay=setting.decay,
-                search=search or ng.TrustRegion(setting.max_kl),
+                # A closure tells the loss, which most attacks would raise: only the radius is judged there.
+                search=search or ng.TrustRegion(setting.max_kl, require_improvement=not setting.closure),
                 refresh=ng.Refresh(1, 3),
             )
         kind, lr = r.choice(ATTACKS), r.choice(LRS)
@@ -169,18 +176,37 @@ def _step(
 ) -> Taken:
     seen, others = x[:ROWS], x[ROWS:]
     parameters = list(model.parameters())
-    unseen = _evaluated(model, others)
+    unseen = _evaluated(setting, model, others)
     mark = torch.get_rng_state()
-    old = model(seen)
-    y = labels(old.detach(), setting.likelihood, kind == "noise", generator)
-    if setting.labelled:
-        optimizer.observe(old, y)  # the loss is then known, too, and has to fall
-    loss = optimizer.likelihood.nll(old, y).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    attack(kind, parameters, generator)
     before = [p.detach().clone() for p in parameters]
-    optimizer.step()
+    passes: list[tuple[Tensor, Tensor]] = []
+
+    def evaluate() -> tuple[Tensor, ...]:
+        with _precision(setting):
+            output = model(seen)
+        if not passes:
+            passes.append((output.detach(), labels(output.detach(), setting.likelihood, kind == "noise", generator)))
+        y = passes[0][1]
+        loss = optimizer.likelihood.nll(output, y).mean()
+        return (loss, output, y) if setting.labelled else (loss, output)
+
+    if setting.closure:
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda p, first=i == 0: attack(kind, [p], generator, first))
+            for i, p in enumerate(parameters)
+        ]
+        optimizer.step(evaluate)
+        for handle in handles:
+            handle.remove()
+    else:
+        loss, output, *y = evaluate()
+        if setting.labelled:
+            optimizer.observe(output, *y)  # the loss is then known, too, and has to fall
+        optimizer.zero_grad()
+        loss.backward()
+        attack(kind, parameters, generator)
+        optimizer.step()
+    old = passes[0][0]
     last = optimizer.last
     moved = not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     return Taken(
@@ -188,17 +214,22 @@ def _step(
         lr=lr,
         moved=moved,
         accepted=last is not None and bool(last.accepted),
-        observed=_mean(kl, old.detach(), _again(model, seen, mark)),
-        held_out=_mean(kl, unseen, _evaluated(model, others)),
+        reported=float(getattr(last, "kl_measured", None) or 0.0),
+        observed=_mean(kl, old, _again(setting, model, seen, mark)),
+        held_out=_mean(kl, unseen, _evaluated(setting, model, others)),
         setting=setting,
     )
 
 
-def _again(model: nn.Module, x: Tensor, mark: Tensor) -> Tensor:
+def _precision(setting: Setting) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=setting.mixed)
+
+
+def _again(setting: Setting, model: nn.Module, x: Tensor, mark: Tensor) -> Tensor:
     """The same training pass at the present parameters: the same dropout masks, batch norm's averages put back."""
     now, buffers = torch.get_rng_state(), [b.clone() for b in model.buffers()]
     torch.set_rng_state(mark)
-    with torch.no_grad():
+    with torch.no_grad(), _precision(setting):
         out = model(x)
     torch.set_rng_state(now)
     for buffer, value in zip(model.buffers(), buffers, strict=True):
@@ -206,10 +237,10 @@ def _again(model: nn.Module, x: Tensor, mark: Tensor) -> Tensor:
     return out
 
 
-def _evaluated(model: nn.Module, x: Tensor) -> Tensor:
+def _evaluated(setting: Setting, model: nn.Module, x: Tensor) -> Tensor:
     """In evaluation mode, as a user would run it on new data."""
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _precision(setting):
         out = model(x)
     model.train()
     return out

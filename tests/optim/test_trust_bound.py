@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -127,6 +128,41 @@ def test_mixed_precision_is_measured_in_mixed_precision(mixed):
     optimizer.step()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         assert mean_kl(old.double(), model(x).double()) <= 1e-5 * 1.01
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_a_closure_under_autocast_is_measured_at_every_trial(inside):
+    """torch keeps low-precision copies of the weights until the outermost region ends: trials must not see old ones."""
+    (x, y), tried, accepted = batch(0, 16), 0, 0
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
+    search = ng.TrustRegion(1e-2, shrink=0.7, require_improvement=False)
+    optimizer = ng.KFAC(model, ng.Categorical(), search=search, lr=math.inf, damping=1e-8, average=0.0)
+    x = x.float()
+
+    def region(enabled: bool) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+    def evaluate():
+        with region(True) if inside else contextlib.nullcontext():
+            output = model(x)
+        return F.cross_entropy(output.float(), y), output
+
+    def outputs() -> Tensor:
+        with region(True), torch.no_grad():
+            return model(x).double()
+
+    for _ in range(10):
+        old = outputs()
+        with region(not inside):
+            optimizer.step(evaluate)
+        last = optimizer.last
+        tried += last.backtracks > 0
+        accepted += last.accepted
+        kl = mean_kl(old, outputs())
+        assert kl <= 1e-2 * 1.001
+        assert kl == pytest.approx(last.kl_measured, rel=1e-2, abs=1e-6)
+    assert tried >= 3 and accepted == 10
 
 
 def test_an_input_that_is_reused_is_noticed():

@@ -153,7 +153,21 @@ def _eager() -> AbstractContextManager[Any]:
 
 def full_precision(device: torch.device) -> torch.autocast:
     """Outside of automatic mixed precision: products of statistics are not the user's to round."""
-    return torch.autocast(device.type, enabled=False)
+    # Without torch's cache of low-precision weights: it would outlive the parameters it was made of.
+    return torch.autocast(device.type, enabled=False, cache_enabled=False)
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Low-precision copies of the parameters are made anew inside, and none of them is left behind.
+
+    torch keeps them until the outermost autocast region ends, whatever happens to the parameters meanwhile.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def record(model: nn.Module, x: Any) -> Tape:

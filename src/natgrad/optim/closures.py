@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.errors import ArgumentError
 from natgrad.likelihood.base import Target
-from natgrad.network import RandomState
+from natgrad.network import RandomState, fresh_casts
 from natgrad.optim.observer import Observer
 
 Closure = Callable[[], Any]
@@ -71,10 +71,14 @@ def evaluate(
         loss.backward()
 
     kind = device.type
-    casting = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    casting = {
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
 
     def again() -> tuple[Tensor, Tensor]:
-        with observer.paused(), torch.autocast(kind, **casting):
+        with observer.paused(), torch.autocast(kind, **casting), fresh_casts():
             value = parse_evaluation(closure())
         assert value is not None
         return value[0], value[1]

@@ -19,7 +19,7 @@ from natgrad.likelihood.base import Target
 from natgrad.linalg import LinearOperator, Solver
 from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Statistics
 from natgrad.metric.running import Refresh
-from natgrad.network import BlockVector, Partition, full_precision, trainable_parameters
+from natgrad.network import BlockVector, Partition, fresh_casts, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
 from natgrad.optim.checks import check_arguments, check_likelihood, check_members, check_parameters, check_real
 from natgrad.optim.closures import Closure, Evaluation, evaluate
@@ -37,6 +37,7 @@ from natgrad.optim.groups import (
     search_of,
     set_division,
 )
+from natgrad.optim.loading import check_places, matched, names_in
 from natgrad.optim.momentum import Momentum
 from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.preconditioning import at_rates, preconditioned
@@ -104,6 +105,11 @@ class NaturalGradient(torch.optim.Optimizer):
         last: what the last step did (a :class:`natgrad.step.Step` without its vectors), None before the first.
     """
 
+    matches_by_name = True
+    """Whether ``load_state_dict`` finds parameters by their names, also such as were frozen when it was made."""
+
+    _placed: list[list[str]] | None = None  # names of the parameters whose state was loaded by place, before attach
+
     def __init__(
         self,
         model: Parameters,
@@ -164,9 +170,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         inner, replicas = Replicas.of(model)
         check_members(inner, (p for group in self.param_groups for p in group["params"]))
+        check_places(self._placed, self.param_groups, inner)
         if self._model is not None:
             self._observer.detach()
-        self._model, self._replicas, self._whole = inner, replicas, StatisticsSum(replicas)
+        self._model, self._placed, self._replicas, self._whole = inner, None, replicas, StatisticsSum(replicas)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._device = parameters[0].device
         self._generator = torch.Generator(device=self._device)
@@ -214,7 +221,9 @@ class NaturalGradient(torch.optim.Optimizer):
         trainable = trainable_parameters(self._network)
         owned = {id(p) for group in self.param_groups for p in group["params"]}
         if self._follows and not all(id(p) in owned for p in trainable.values()):
-            self.param_groups[0]["params"] += [p for p in trainable.values() if id(p) not in owned]
+            place = {id(p): i for i, p in enumerate(self._network.parameters())}
+            joined = self.param_groups[0]["params"] + [p for p in trainable.values() if id(p) not in owned]
+            self.param_groups[0]["params"] = sorted(joined, key=lambda p: place[id(p)])  # as if made with them
             return trainable
         return {name: p for name, p in trainable.items() if id(p) in owned}
 
@@ -250,8 +259,6 @@ class NaturalGradient(torch.optim.Optimizer):
                     self._reseed()  # so that the labels are those of a step without an examination
             curvature = self._curvature_for(self._partition())
             bases = self._bases(curvature)
-            for other in self._observer.observations:
-                bases |= getattr(other.statistics, "bases", {})
             statistics = self._metric.statistics(
                 tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
             )
@@ -320,7 +327,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 return loss
         self._network  # noqa: B018  (an error where there is none)
         evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
-        with torch.inference_mode(False), torch.no_grad(), self._settled():  # replays need a graph
+        with fresh_casts(), torch.inference_mode(False), torch.no_grad(), self._settled():  # replays need a graph
             self._take_step(evaluation)
         return evaluation.loss
 
@@ -502,7 +509,7 @@ class NaturalGradient(torch.optim.Optimizer):
             curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
             statistics = self._statistics(observations, curvature.partition)
-            curvature.update(self._whole(statistics, self._bases(curvature)), _all_finite(gradients))
+            curvature.update(self._whole(statistics), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._dampings(curvature.partition), self._solver)
@@ -700,7 +707,7 @@ class NaturalGradient(torch.optim.Optimizer):
         parameters and plain values in groups.
         """
         self._note_state()
-        return super().state_dict()
+        return checkpoint.described(super().state_dict(), self.param_groups, self._model)
 
     def _note_state(self) -> None:
         self.param_groups[0][checkpoint.NOTE] = checkpoint.note(
@@ -708,30 +715,50 @@ class NaturalGradient(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave. Dtypes are kept, where torch's own method would cast them.
+        """Load what :meth:`state_dict` gave, all of it or nothing.
+
+        Parameters are matched by their names in the module, so that one unfrozen late gets its own state back. Dtypes
+        are kept, where torch's own method would cast them; only where the parameter itself has another dtype than when
+        it was saved its tensors are cast.
 
         Raises:
-            ArgumentError: the state is of another metric, or its tensors are missing.
+            ArgumentError: the state is of another optimizer, metric or model, damaged, or its tensors are missing.
         """
-        state_dict = checkpoint.copied(state_dict)
+        before = dict(vars(self))
+        try:
+            self._load(checkpoint.whole(state_dict))
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        own = checkpoint.parsed(state_dict)
-        checkpoint.check(own, state_dict["state"], self._metric)
+            state_dict = checkpoint.whole(hook(self, state_dict) or state_dict)
+        own = checkpoint.parsed(state_dict, self._metric, self._damping)
+        if self._model is not None:
+            self._named()  # what was unfrozen since then joins
+        match = matched(state_dict, self.param_groups, self._model, self._follows)
+        self.param_groups = [{**g, "params": m} for g, m in zip(self.param_groups, match.members, strict=True)]
         with checkpoint.without_hooks(self):  # before and after the whole of it, not of torch's part
-            super().load_state_dict(checkpoint.copied(state_dict))
-        checkpoint.restore_tensors(self, state_dict)
+            super().load_state_dict(checkpoint.whole(match.state_dict))
+        checkpoint.put_back(self, match.state_dict)
+        self._placed = names_in(match.state_dict) if self._model is None else None
         for k, group in enumerate(self.param_groups):
             for name in OPTIONS:  # of a state saved before there were such
                 group.setdefault(name, self.defaults[name])
             group.setdefault(checkpoint.DIVISION, k)
             group.setdefault(checkpoint.NOTE, "")
         if own is not None:
-            self._steps, self._seed, self._examination = own["steps"], own["seed"], Examination.restored(own)
-            self._damping = self._damping.restored(own["damping"])
+            self._steps, self._seed, self._examination = own.steps, own.seed, own.examination
+            self._damping = own.damping
         self._curvature = None
         known = self._examination.uncovered is not None or self._metric.replayed
         if known and self._model is not None and any("step" in s for s in self.state.values()):
+            if match.fresh:  # blocks that they change start afresh, as when they are unfrozen during a run
+                was = {n: group for n, group in self._groups().items() if n not in match.fresh}
+                parts = divisions(was) or [frozenset(was)]
+                self._curvature_for(self._metric.partition(self._model, self._examination.uncovered, parts))
             self._curvature_for(self._partition())
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
