@@ -27,6 +27,8 @@ class Setup:
         squashed: tanh of the Gaussian instead of clipping, for bounded continuous actions.
         state_dependent_scale: whether the network gives σ, too.
         log_scale: the first log σ, in units where a bounded action runs from −1 to 1.
+        noise_correlation: ρ of the noise of continuous actions from step to step; see
+            :class:`natgrad.rl.noise.CorrelatedNoise`.
     """
 
     environments: int = 8
@@ -39,6 +41,7 @@ class Setup:
     squashed: bool = False
     state_dependent_scale: bool = False
     log_scale: float = 0.0
+    noise_correlation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("environments", "horizon"):

@@ -144,6 +144,11 @@ class GaussianHead(Head):
     def mode(self, f: Tensor) -> Tensor:
         return f.chunk(2, -1)[0]
 
+    def with_noise(self, f: Tensor, z: Tensor) -> Tensor:
+        """The action mean + σ z."""
+        mean, log_scale = f.chunk(2, -1)
+        return mean + log_scale.exp() * z.to(mean)
+
     def bounded(self, actions: np.ndarray) -> np.ndarray:
         """Actions within [−1, 1]."""
         return actions.clip(-1.0, 1.0)

@@ -98,6 +98,7 @@ class Policy(Network):
         memory: Tensor | None = None,
         starts: Tensor | None = None,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One step for n environments: actions, f and the memory afterwards.
 
@@ -106,6 +107,7 @@ class Policy(Network):
             mask: [n, C] of bool: which actions are allowed.
             memory, starts: [n, H] before the step, and [n], one where an episode begins.
             generator: samples actions; None takes the mode.
+            noise: [n, d]: standard normal noise that a Gaussian head is to use instead.
 
         Raises:
             NonFiniteError: f is not finite.
@@ -119,6 +121,8 @@ class Policy(Network):
             f = self.parameters_of(self.run(observations, None, None)[0], mask)
         if not math.isfinite(float(f.sum())):
             raise NonFiniteError("The policy's output is not finite: its parameters are NaN or too large.")
+        if noise is not None and isinstance(self.head, GaussianHead):
+            return self.head.with_noise(f, noise), f, memory
         actions = self.head.mode(f) if generator is None else self.head.likelihood.sample(f, generator=generator)[0]
         return actions, f, memory
 

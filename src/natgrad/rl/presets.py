@@ -19,8 +19,10 @@ DEFAULTS: dict[str, tuple[Algorithm, Setup]] = {
 }
 _SETUPS: dict[str, dict[str, float | int | bool]] = {
     "Pendulum-v1": {"gamma": 0.9},
+    "MountainCarContinuous-v0": {"noise_correlation": 0.95},
+    "Swimmer-v5": {"gamma": 0.9999},
 }
-_RADII = {"Pendulum-v1": 0.02}
+_RADII = {"Pendulum-v1": 0.02, "MountainCarContinuous-v0": 0.02}
 
 
 def settings_for(algorithm: str, environment: str) -> tuple[Algorithm, Setup]:

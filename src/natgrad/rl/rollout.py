@@ -11,6 +11,7 @@ from torch import Tensor
 from natgrad.errors import UnsupportedError
 from natgrad.rl.advantage import advantages
 from natgrad.rl.environments import Environments
+from natgrad.rl.noise import CorrelatedNoise
 from natgrad.rl.policy import Critic, Policy
 
 
@@ -93,6 +94,7 @@ class Collector:
         horizon: T, steps of each environment per rollout.
         gamma, lam: of :func:`natgrad.rl.advantage.advantages`.
         generator: samples the actions, on the policy's device.
+        noise_correlation: of exploration, see :class:`natgrad.rl.noise.CorrelatedNoise`.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Collector:
         gamma: float,
         lam: float,
         generator: torch.Generator,
+        noise_correlation: float = 0.0,
     ) -> None:
         self.environments, self.policy, self.critic = environments, policy, critic
         self.horizon, self.gamma, self.lam, self.generator = horizon, gamma, lam, generator
@@ -117,6 +120,9 @@ class Collector:
             )
         self.memory = policy.start(environments.n)
         self.critic_memory = critic.start(environments.n)
+        self.noise: CorrelatedNoise | None = None
+        if noise_correlation:
+            self.noise = CorrelatedNoise(environments.n, policy.head, noise_correlation, generator)
 
     def collect(self) -> Rollout:
         """Act for ``horizon`` steps with the policy as it is, and longer until there is one valid step.
@@ -136,6 +142,7 @@ class Collector:
                 memory=self.memory,
                 starts=starts.to(self.device),
                 generator=self.generator,
+                noise=None if self.noise is None else self.noise.draw(starts.to(self.device)),
             )
             seen = environments.step(self.policy.head.to_environment(actions))
             rows.append((observations, mask, actions, f, starts, seen))

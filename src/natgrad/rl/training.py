@@ -114,6 +114,7 @@ class Training:
             gamma=setup.gamma,
             lam=setup.lam,
             generator=self.generator,
+            noise_correlation=setup.noise_correlation,
         )
         self.history: list[Record] = []
         self.taken = self.episodes = 0
@@ -275,7 +276,8 @@ class Training:
         """Write the checkpoint: all that a resumed run needs to go on bit for bit."""
         if self.path is None:
             raise ArgumentError("This training has no folder; give folder=... to keep checkpoints.")
-        memory = [self.collector.memory, self.collector.critic_memory]
+        noise = None if self.collector.noise is None else self.collector.noise.z
+        memory = [self.collector.memory, self.collector.critic_memory, noise]
         save(
             self.path,
             self.modules,
@@ -328,4 +330,6 @@ class Training:
             )
         device = next(self.policy.parameters()).device
         memory = [None if m is None else m.to(device) for m in extras["memory"]]
-        self.collector.memory, self.collector.critic_memory = memory
+        self.collector.memory, self.collector.critic_memory, noise = memory
+        if self.collector.noise is not None and noise is not None:
+            self.collector.noise.z = noise
