@@ -101,6 +101,15 @@ def test_measured_kl_stays_within_the_radius(environment: str) -> None:
     check_that_it_was_hard(updates, ENVIRONMENTS[environment])
 
 
+def test_refused_steps_leave_the_policy_bit_for_bit() -> None:
+    """Without backtracks every step beyond the radius is refused: of these, most but not all."""
+    radius = ENVIRONMENTS["CartPole-v1"]
+    algorithm = TRPO(max_kl=radius, damping=1e-3, backtracks=0, critic=CriticFit(epochs=1, batch=64))
+    updates, history = run("CartPole-v1", 30, algorithm)
+    check(updates, history, radius)
+    assert 0 < sum(u.moved for u in updates) < 30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_measured_kl_stays_within_the_radius_over_500_updates(environment: str) -> None:
