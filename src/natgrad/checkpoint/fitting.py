@@ -115,7 +115,10 @@ def check_optimizer(
         raise SnapshotError(f"{path} holds no optimizer: it was saved without one. Load it without optimizer.")
     kind, names = type(optimizer).__qualname__, parameter_names(optimizer, model)
     problems = [] if kind == record.kind else [f"{record.kind} in the file, {kind} given"]
-    if [len(group) for group in names] != [len(group) for group in record.names]:
+    same = [len(group) for group in names] == [len(group) for group in record.names]
+    if not same and len(names) == len(record.names) and getattr(optimizer, "matches_by_name", False):
+        pass  # it lets parameters join that were unfrozen since it was made, and refuses all else by itself
+    elif not same:
         problems.append(f"groups of {_sizes(record.names)} parameters in the file, of {_sizes(names)} given")
     else:
         for g, group in enumerate(optimizer.param_groups if names else ()):
@@ -175,7 +178,7 @@ def in_order_of(record: OptimizerRecord, optimizer: Any, model: nn.Module | None
     names = parameter_names(optimizer, model)
     for saved_names, now, saved in zip(record.names, names, state.get("param_groups", ()), strict=False):
         group = dict(saved)
-        if _distinct(saved_names) and _distinct(now):
+        if _distinct(saved_names) and _distinct(now) and set(saved_names) == set(now):
             order = [saved_names.index(n) for n in now]
             for key in ("params", "param_names"):
                 if key in group:

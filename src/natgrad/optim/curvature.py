@@ -243,6 +243,13 @@ class Curvature:
                 self.inverses[name] = MATRICES[kind].from_tensors(tensors)
 
 
+def unpaired(slot: Mapping[Any, Any]) -> list[str]:
+    """Averages without their weights and weights without their averages, which a state must not have."""
+    keys = {key for key in slot if isinstance(key, str)}
+    pairs = ((_AVERAGE, _WEIGHT), (_WEIGHT, _AVERAGE))
+    return sorted(b + k[len(a) :] for a, b in pairs for k in keys if k.startswith(a) and b + k[len(a) :] not in keys)
+
+
 def _matrix(inverse: LinearOperator) -> LinearOperator:
     return inverse.operator if isinstance(inverse, Inverse) else inverse
 
