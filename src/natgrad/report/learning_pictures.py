@@ -232,7 +232,8 @@ def search_sentence(updates: Sequence[Record]) -> str:
         return f"In {count} updates {number(100 * float(np.mean(clipped)), 2)} % of the ratios were clipped; {back}."
     halved = [r.get("backtracks", 0.0) for r in updates if r.get("backtracks", 0.0) > 0]
     shorter = f"{grouped(len(halved))} of {count} steps were halved" if halved else f"None of {count} steps was halved"
-    most = f" (at most {max(halved):.0f} times)" if halved else ""
+    times = "once" if halved and max(halved) == 1 else f"{max(halved, default=0):.0f} times"
+    most = f" (at most {times})" if halved else ""
     return f"{shorter}{most}, {grouped(int(stopped)) if stopped else 'none'} refused."
 
 
