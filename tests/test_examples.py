@@ -56,6 +56,13 @@ def test_the_paths_of_the_picture_coincide_for_natural_gradient_only(tmp_path):
     assert picture.read_text().startswith("<svg")
 
 
+def test_both_structures_balance_the_pole_within_their_trust_region():
+    example = load("reinforcement_learning")
+    for score, largest in example.main().values():
+        assert score >= 475
+        assert 0.1 * example.MAX_KL < largest <= example.MAX_KL
+
+
 def test_examples_are_short_and_all_of_them_are_tested():
     programs = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
     here = "".join(path.read_text() for path in [Path(__file__), *(Path(__file__).parent / "trainers").glob("*.py")])

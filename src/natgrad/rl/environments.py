@@ -105,7 +105,7 @@ class Environments:
 
     Episode k of environment i is reset with a seed of (seed, i, k). A checkpoint therefore needs the episode's number
     and its actions so far, and no pickled environment. That holds for environments made by :func:`make` and for
-    Gymnasium's own vector environments; others reset themselves, and only their autoreset mode is respected.
+    Gymnasium's own vector environments without wrappers; others reset themselves, as their autoreset mode says.
 
     Args:
         vector: the environments.
@@ -136,8 +136,10 @@ class Environments:
         self.mode = _mode(vector, self.name)
         self._seeded_singly = isinstance(base, (SyncVectorEnv, AsyncVectorEnv))
         self.replayable = self._seeded_singly and self.mode != AutoresetMode.SAME_STEP
-        if self.mode == AutoresetMode.NEXT_STEP and not getattr(base, "shared_memory", True):
-            self.replayable = False  # such workers reset themselves once more after they were reset
+        if self.mode == AutoresetMode.NEXT_STEP and (vector is not base or not getattr(base, "shared_memory", True)):
+            # Not every wrapper can reset some environments alone; and workers without shared memory, which reset
+            # themselves, do so once more after they were reset.
+            self.replayable = False
         if self.mode == AutoresetMode.DISABLED and not self.replayable:
             raise UnsupportedError(
                 f"{type(base).__name__} does not reset its environments, and cannot be told which to reset. Use the "
