@@ -21,6 +21,7 @@ METRICS: dict[str, dict[str, Any]] = {
     "kfac": {"metric": ng.Fisher(ng.Exact(), ng.Kronecker())},
     "kfac sampled": {"metric": ng.Fisher(ng.MonteCarlo(), ng.Kronecker()), "seed": 3},
     "kfac clipped": {"metric": ng.Fisher(ng.Exact(), ng.Kronecker()), "search": ng.KLClip(1e-3)},
+    "ekfac": {"metric": ng.Fisher(ng.Exact(), ng.EigenKronecker())},
     "dense": {"metric": ng.Fisher(ng.Exact(), ng.Dense()), "average": 0.0},
     "matrix-free": {
         "metric": ng.Fisher(ng.Exact(), ng.MatrixFree()),
@@ -324,7 +325,7 @@ def test_euclidean_maximize_is_sgds_to_the_bit(momentum):
 
 
 @pytest.mark.parametrize("sizes", [[12], [4, 4, 4], [1, 3, 8], [1] * 12])
-@pytest.mark.parametrize("name", ["kfac", "kfac clipped", "dense", "matrix-free", "euclidean"])
+@pytest.mark.parametrize("name", ["kfac", "kfac clipped", "ekfac", "dense", "matrix-free", "euclidean"])
 def test_micro_batches_of_groups_are_the_big_batch(name, sizes):
     runs = []
     for split in ([12], sizes):

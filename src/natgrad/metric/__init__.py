@@ -3,7 +3,7 @@
 from natgrad.metric.estimate import Empirical, Estimate, Exact, Factor, MonteCarlo, Signed
 from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Euclidean, Hessian
-from natgrad.metric.kronecker import EigenKronecker, Kronecker, rotated_eigenvalues
+from natgrad.metric.kronecker import EigenKronecker, Kronecker
 from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
@@ -38,6 +38,5 @@ __all__ = [
     "check_finite_output",
     "fisher",
     "hessian",
-    "rotated_eigenvalues",
     "row_chunks",
 ]

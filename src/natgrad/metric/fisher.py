@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import DiagonalMatrix, FunctionOperator, LinearOperator
+from natgrad.metric.eigenbasis import completed
 from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
 from natgrad.metric.kronecker import Kronecker
 from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
@@ -232,7 +233,9 @@ class Fisher(Metric):
     def no_statistics(self, model: nn.Module, partition: Partition) -> Statistics:
         like = next(model.parameters()).detach()
         like = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
-        return self.structure.statistics(EmptyTape(model), Factor(like.expand(1, 0, 1), False, like, None), partition)
+        empty = Factor(like.expand(1, 0, 1), False, like, None)
+        statistics = self.structure.statistics(EmptyTape(model), empty, partition)
+        return completed(statistics) if isinstance(statistics, Moments) else statistics
 
     def products(
         self,
@@ -269,6 +272,7 @@ class Fisher(Metric):
             assert isinstance(self.structure, Gram)
             return zero_where_missing(partition, self.structure.row_operators(partition, statistics))
         assert isinstance(statistics, Moments)
+        statistics = completed(statistics)
         return self.moment_operators(partition, statistics.means(), statistics.bases)
 
     def moment_operators(

@@ -20,13 +20,11 @@ from torch import Tensor
 from natgrad.errors import ArgumentError
 from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, LinearOperator
 from natgrad.linalg.products import gram
-from natgrad.linalg.psd import safe_eigh
+from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_eigenvalues
 from natgrad.metric.estimate import Factor, random_signs
-from natgrad.metric.statistics import Bases, Basis, Moment, Moments
+from natgrad.metric.statistics import Bases, Moment, Moments
 from natgrad.metric.structure import Means, Structure
 from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, accumulation
-
-_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -204,6 +202,9 @@ class EigenKronecker(Kronecker):
 
     Among all matrices diagonal in that basis it is the nearest to the layer's Fisher block in Frobenius norm, and its
     trace is exact.
+
+    The basis of a layer that has none yet is that of the joint factors of all micro-batches of the step, so the rows of
+    each (inputs and scores of the layer) are kept until then; with a known basis they are projected at once.
     """
 
     @property
@@ -221,18 +222,9 @@ class EigenKronecker(Kronecker):
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
         values = self._factor_moments(chunks, factor)
-        bases, m = dict(bases or {}), factor.normaliser
-        for name, kinds in values.items():
-            if "output" in kinds and name not in bases:
-                bases[name] = _eigenbases(kinds["input"].mean(m), kinds["output"].mean(m))
-        for rows in chunks:
-            for name, row in rows.items():
-                if name in bases and isinstance(row, Rows):
-                    squares = _squares_in_basis(row, bases[name])
-                    kinds = values[name]
-                    previous = kinds.get("eigenvalues")
-                    kinds["eigenvalues"] = Moment(squares if previous is None else previous.sum + squares)
-        return Moments(values, m, {name: bases[name] for name in bases if name in values})
+        rows = {name: kept_rows((c[name] for c in chunks), tape) for name, kinds in values.items() if "output" in kinds}
+        moments = Moments(values, factor.normaliser, rows=rows)
+        return projected(moments, {name: basis for name, basis in (bases or {}).items() if name in rows})
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         out: dict[str, LinearOperator] = {}
@@ -252,53 +244,6 @@ class EigenKronecker(Kronecker):
             if "eigenvalues" not in kinds:
                 out[name] = kinds
                 continue
-            new[name] = _eigenbases(kinds["input"], kinds["output"])
+            new[name] = eigenbasis(kinds["input"], kinds["output"])
             out[name] = {**kinds, "eigenvalues": rotated_eigenvalues(kinds["eigenvalues"], bases[name], new[name])}
         return out, new
-
-
-def rotated_eigenvalues(eigenvalues: Tensor, old: Basis, new: Basis) -> Tensor:
-    """Second moments ``s`` along the basis ``old``, carried over to the basis ``new``.
-
-    A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the
-    rotation between them; its trace stays what it was.
-    """
-    (old_left, old_right), (left, right) = old, new
-    if left is not None and old_left is not None:
-        eigenvalues = (left.mT @ old_left).square() @ eigenvalues
-    if right is not None and old_right is not None:
-        eigenvalues = eigenvalues @ (right.mT @ old_right).square().mT
-    return eigenvalues
-
-
-def _eigenbases(inputs: Tensor, outputs: Tensor) -> Basis:
-    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product."""
-    output_basis = safe_eigh(outputs)[1]
-    if inputs.dim() == 1:
-        return None, output_basis
-    input_basis = safe_eigh(inputs)[1]
-    if inputs.shape[0] == 1:
-        return output_basis[0], input_basis[0]
-    return output_basis, input_basis
-
-
-def _squares_in_basis(rows: Rows, basis: Basis) -> Tensor:
-    """``Σ_kn (U_leftᵀ r_kn U_right)²``, shape ``[*stack, p, q]``."""
-    left, right = basis
-    if isinstance(rows, LinearRows):
-        assert left is not None and right is not None
-        stack = left.dim() == 3
-        a, g = rows.a @ right[..., None, :, :] if stack else rows.a @ right, rows.g
-        g = g @ left[:, None] if stack else g @ left
-        rotated = LinearRows(a, g)
-        k, groups, _, _, out = g.shape
-        squares = rotated.squared_sum().reshape(groups, out, a.shape[-1])
-        return squares if stack else squares[0]
-    assert isinstance(rows, EmbeddingRows) and right is not None
-    k, n, p = rows.shape
-    size = max(1, _CHUNK_BYTES // max(1, k * p * rows.g.element_size()))
-    total = rows.g.new_zeros(rows.vocabulary, right.shape[-1])
-    for start in range(0, n, size):
-        part = EmbeddingRows(rows.index[start : start + size], rows.g[:, start : start + size] @ right, rows.vocabulary)
-        total += part.dense().square().sum((0, 1)).reshape(total.shape)
-    return total

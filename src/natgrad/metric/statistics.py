@@ -44,11 +44,13 @@ class Moments:
         values: the moments. A block that no example of a micro-batch reached is missing there, and counts as zero.
         normaliser: ``M`` of the batch, 0-d.
         bases: eigenbases in which eigenvalues are given.
+        rows: of the blocks whose eigenvalues wait for a basis (see :mod:`natgrad.metric.eigenbasis`).
     """
 
     values: dict[str, dict[str, Moment]]
     normaliser: Tensor
     bases: Bases = field(default_factory=dict)
+    rows: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
 
     def __add__(self, other: Moments) -> Moments:
         merged = {block: dict(kinds) for block, kinds in self.values.items()}
@@ -56,7 +58,8 @@ class Moments:
             mine = merged.setdefault(block, {})
             for kind, moment in kinds.items():
                 mine[kind] = mine[kind] + moment if kind in mine else moment
-        return Moments(merged, self.normaliser + other.normaliser, self.bases | other.bases)
+        rows = {name: (*self.rows.get(name, ()), *other.rows.get(name, ())) for name in {**self.rows, **other.rows}}
+        return Moments(merged, self.normaliser + other.normaliser, self.bases | other.bases, rows)
 
     def means(self) -> dict[str, dict[str, Tensor]]:
         return {
