@@ -67,20 +67,10 @@ def test_resume_into_an_optimizer_that_has_never_stepped_is_bitwise(combination,
     assert differences(*outcomes) == []
 
 
-DIVIDED = pytest.mark.xfail(
-    strict=True,
-    reason="under batch normalisation a diagonal divides layers otherwise, which is known only after a pass was seen",
-)
-NORMED = [runs.Combination(preset, "default", "float32") for preset in runs.PRESETS if preset != "DiagonalNGD"]
+NORMED = [runs.Combination(preset, "default", "float32") for preset in runs.PRESETS]
 
 
-@pytest.mark.parametrize(
-    "combination",
-    [
-        *cases(NORMED),
-        pytest.param(runs.Combination("DiagonalNGD", "default", "float32"), id="DiagonalNGD", marks=DIVIDED),
-    ],
-)
+@pytest.mark.parametrize("combination", cases(NORMED))
 def test_resume_with_batch_norm_into_an_optimizer_that_has_never_stepped_is_bitwise(combination, tmp_path):
     model, optimizer = combination.start()
     runs.train(model, optimizer, 0, runs.CUT)

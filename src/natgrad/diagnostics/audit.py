@@ -170,7 +170,7 @@ def _compare(
     exact = Fisher(Exact(), Diagonal())
     cells = Partition(exact.blocks(partition.cells), partition.order)
     diagonal = exact.operators(cells, exact.statistics(tape, likelihood, y, cells, generator=generator))
-    traces = {b.name: sum(float(diagonal[c.name].trace()) for c in b.cells) for b in partition.blocks}
+    traces = {b.name: sum(float(diagonal[n].trace()) for n in b.parameters) for b in partition.blocks}
 
     product = _ExactFisher(observed, likelihood, y)
     gradient = partition.pack(product.gradient(labels))

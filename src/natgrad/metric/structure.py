@@ -161,10 +161,13 @@ class BlockDiagonal(Dense):
 
 @dataclass(frozen=True)
 class Diagonal(Structure):
-    """The exact diagonal for the estimate in use: squares of per-example rows, not of their mean."""
+    """The exact diagonal for the estimate in use: squares of per-example rows, not of their mean.
+
+    One block per parameter, whether or not a layer's rule serves it: what is kept is the same before any pass was seen.
+    """
 
     def blocks(self, cells: Sequence[Cell]) -> tuple[Block, ...]:
-        return tuple(Block(cell.name, (cell,)) for cell in cells)
+        return tuple(Block(cell.name, (cell,)) for whole in cells for cell in whole.single())
 
     def statistics(
         self,

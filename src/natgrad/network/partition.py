@@ -8,7 +8,7 @@ curvature is treated jointly: one cell for K-FAC, all cells for the dense Fisher
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -47,6 +47,14 @@ class Cell:
     @property
     def size(self) -> int:
         return sum(shape.numel() for shape in self.shapes)
+
+    def single(self) -> tuple[Cell, ...]:
+        """One cell per parameter, served as this one is."""
+        own = self.trainable or (None,) * len(self.parameters)
+        return tuple(
+            replace(self, name=name, parameters=(name,), shapes=(shape,), trainable=() if t is None else (t,))
+            for name, shape, t in zip(self.parameters, self.shapes, own, strict=True)
+        )
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector ``[*batch, size]`` from tensors ``[*batch, *shape]``."""

@@ -63,16 +63,17 @@ class Tape:
             Rows by cell name; a cell that took no part in the pass has no entry.
         """
         covered = [c for c in cell_list if c.module is not None and self.uses.get(c.module)]
-        edges = [use.edge for c in covered for use in self.uses[c.module]]  # type: ignore[index]
-        gradients = iter(self.backward(edges, columns))
+        # A layer whose parameters are in several cells is gone through once.
+        layers = list(dict.fromkeys(c.module for c in covered if c.module is not None))
+        found = iter(self.backward([use.edge for layer in layers for use in self.uses[layer]], columns))
+        gradients = {layer: [next(found) for _ in self.uses[layer]] for layer in layers}
         out: dict[str, Rows] = {}
         for cell in covered:
             module = self.model.get_submodule(cell.module)  # type: ignore[arg-type]
             rule = rule_for(module)
             assert rule is not None
             rows: Rows | None = None
-            for use in self.uses[cell.module]:  # type: ignore[index]
-                g = next(gradients)
+            for use, g in zip(self.uses[cell.module], gradients[cell.module], strict=True):  # type: ignore[index]
                 if g is None:
                     continue
                 if use.input._version != use.version:
