@@ -33,6 +33,51 @@ CONSTRUCTIONS = {
         lambda: ng.NGD(make(), ng.Categorical(), damping=torch.tensor(-1.0)),
         "is -1",
     ),
+    "a search by name": (lambda: ng.KFAC(make(), ng.Categorical(), search="kl"), r"search='kl'.*ng\.KLClip\(\)"),
+    "a search's class": (
+        lambda: ng.KFAC(make(), ng.Categorical(), search=ng.LearningRate),
+        "search=LearningRate, a cl",
+    ),
+    "a function as search": (lambda: ng.KFAC(make(), ng.Categorical(), search=max), "search=<built-in"),
+    "refresh as a number": (lambda: ng.KFAC(make(), ng.Categorical(), refresh=10), r"refresh=10.*ng\.Refresh\("),
+    "an estimate by name": (
+        lambda: ng.KFAC(make(), ng.Categorical(), estimate="exact"),
+        r"estimate='exact'.*Exact\(\)",
+    ),
+    "an estimate's class": (lambda: ng.KFAC(make(), ng.Categorical(), estimate=ng.Exact), "estimate=Exact, a class"),
+    "a structure's class": (
+        lambda: ng.KFAC(make(), ng.Categorical(), structure=ng.Kronecker),
+        "structure=Kronecker, a",
+    ),
+    "a Hessian's structure by name": (
+        lambda: ng.Newton(make(), ng.Categorical(), structure="dense"),
+        "structure='dense'",
+    ),
+    "a structure as metric": (
+        lambda: ng.NaturalGradient(make(), ng.Categorical(), metric=ng.Kronecker()),
+        r"metric=Kronecker.*ng\.Fisher\(estimate, structure\)",
+    ),
+    "a metric's class": (
+        lambda: ng.NaturalGradient(make(), ng.Categorical(), metric=ng.Fisher),
+        "metric=Fisher, a class",
+    ),
+    "a solver's class": (lambda: ng.NGD(make(), ng.Categorical(), solver=ng.SaddleFree), "solver=SaddleFree, a class"),
+    "a solver by name": (lambda: ng.NGD(make(), ng.Categorical(), solver="cg"), "solver='cg'"),
+    "a damping's class": (lambda: ng.NGD(make(), ng.Categorical(), damping=ng.LevenbergMarquardt), "damping=<class"),
+    "lr in words": (lambda: ng.KFAC(make(), ng.Categorical(), lr="a"), "lr='a'"),
+    "no lr": (lambda: ng.KFAC(make(), ng.Categorical(), lr=None), "lr=None"),
+    "momentum in words": (lambda: ng.NGD(make(), ng.Categorical(), momentum="a"), "momentum='a'"),
+    "no average": (lambda: ng.NGD(make(), ng.Categorical(), average=None), "average=None"),
+    "decay in words": (lambda: ng.NGD(make(), ng.Categorical(), weight_decay="a"), "weight_decay='a'"),
+    "maximize in words": (lambda: ng.KFAC(make(), ng.Categorical(), maximize="no"), "maximize='no'"),
+    "no momentum in a group": (
+        lambda: ng.KFAC([{"params": make().parameters(), "momentum": None}], ng.Categorical(), search=ng.KLClip(0.1)),
+        "momentum=None",
+    ),
+    "maximize in words in a group": (
+        lambda: ng.KFAC([{"params": make().parameters(), "maximize": "no"}], ng.Categorical()),
+        "maximize='no'",
+    ),
     "a loss module": (lambda: ng.KFAC(make(), nn.CrossEntropyLoss()), r"ng.Categorical\(\)"),
     "a loss function": (lambda: ng.KFAC(make(), F.cross_entropy), r"ng.Categorical\(\)"),
     "nothing to train": (lambda: ng.KFAC(make().requires_grad_(False), ng.Categorical()), "requires a gradient"),
@@ -53,6 +98,24 @@ def test_arguments_out_of_range(name):
     construct, message = CONSTRUCTIONS[name]
     with pytest.raises(ArgumentError, match=message):
         construct()
+
+
+@pytest.mark.parametrize(
+    "change", [{"momentum": 1.5}, {"weight_decay": -1.0}, {"lr": math.nan}, {"max_kl": -1.0}], ids=str
+)
+def test_options_that_a_schedule_spoils_are_named_by_the_step(change):
+    (name, value), model = next(iter(change.items())), make()
+    optimizer = ng.KFAC(model, ng.Categorical(), search=ng.KLClip(0.1))
+    for spoiled in (False, True):
+        before, (x, y) = flat(model), batch()
+        F.cross_entropy(model(x), y).backward()
+        if not spoiled:
+            optimizer.step()
+            continue
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(ArgumentError, match=f"{name}={value} was given in a parameter group"):
+            optimizer.step()
+        assert torch.equal(flat(model), before)
 
 
 def test_a_hessian_without_a_sum_of_outer_products_is_refused():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.errors import ArgumentError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import DiagonalMatrix, FunctionOperator, LinearOperator
@@ -159,6 +161,13 @@ class Metric(ABC):
         return type(self).__name__, ""
 
 
+def check_part(name: str, value: object, kind: Any, what: str) -> None:
+    """Raises ArgumentError unless ``value`` is of ``kind``; a class is told that it must be called."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        given = f"{value.__name__}, a class: call it" if isinstance(value, type) else repr(value)
+        raise ArgumentError(f"{name}={given} was given; it must be one of {what}.")
+
+
 def zero_where_missing(partition: Partition, operators: dict[str, LinearOperator]) -> dict[str, LinearOperator]:
     """Give blocks without statistics the zero matrix, and put all in the partition's order."""
     if not operators:
@@ -179,6 +188,10 @@ class Fisher(Metric):
 
     estimate: Estimate = MonteCarlo()
     structure: Structure = Kronecker()
+
+    def __post_init__(self) -> None:
+        check_part("estimate", self.estimate, Estimate, "ng.Exact(), ng.MonteCarlo(), ng.Signed() or ng.Empirical()")
+        check_part("structure", self.structure, Structure, "ng.Kronecker(), ng.Dense(), ng.Gram(), ng.Diagonal(), …")
 
     @property
     def needs_target(self) -> bool:

@@ -11,7 +11,7 @@ from natgrad.errors import NotObservedError, UnsupportedError
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import DenseMatrix, DiagonalMatrix, IdentityMatrix, LinearOperator
-from natgrad.metric.fisher import Metric, block_operators, mean_operator, parameter_function
+from natgrad.metric.fisher import Metric, block_operators, check_part, mean_operator, parameter_function
 from natgrad.metric.statistics import ProductStatistics, Statistics
 from natgrad.metric.structure import Dense, Diagonal, MatrixFree, Structure
 from natgrad.network import Block, Cell, HessianProducts, Partition, Pass
@@ -31,6 +31,7 @@ class Hessian(Metric):
     structure: Structure = Dense()
 
     def __post_init__(self) -> None:
+        check_part("structure", self.structure, Structure, "ng.Dense(), ng.BlockDiagonal(), ng.Diagonal(), …")
         if not isinstance(self.structure, Dense | Diagonal | MatrixFree):
             raise UnsupportedError(
                 f"A Hessian has no {self.structure.name} structure: it is not a sum of outer products of rows. Use "

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Real
 
 from torch import Tensor, nn
 
 from natgrad.errors import ArgumentError, UnsupportedError
 from natgrad.likelihood import Likelihood
+from natgrad.linalg import Solver
+from natgrad.metric import Metric
+from natgrad.metric.fisher import check_part
+from natgrad.metric.running import Refresh
 from natgrad.network import trainable_parameters
 from natgrad.step import QuadraticFit, Search, TrustRegion
 from natgrad.step.search import KLClip
@@ -67,17 +72,31 @@ def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:
         )
 
 
+def check_parts(metric: Metric, solver: Solver | None, search: Search, refresh: Refresh) -> None:
+    """Raises ArgumentError for a part that is none, such as a name or a class, naming the argument."""
+    check_part("metric", metric, Metric, "ng.Fisher(estimate, structure), ng.Hessian(structure) or ng.Euclidean()")
+    check_part("refresh", refresh, Refresh, "ng.Refresh(statistics, inverse)")
+    searches = "ng.LearningRate(), ng.KLClip(), ng.TrustRegion(), ng.Armijo() or ng.QuadraticFit()"
+    check_part("search", search, Callable, searches)
+    if not hasattr(search, "needs_probe"):
+        raise ArgumentError(f"search={search!r} was given; it must be one of {searches}.")
+    if solver is not None:
+        check_part("solver", solver, Callable, "None, ng.SaddleFree(), natgrad.linalg.Cholesky(), natgrad.linalg.CG()")
+
+
 def check_arguments(
-    lr: float | Tensor, momentum: float, weight_decay: float, average: float, search: Search, seed: int
+    lr: float | Tensor, momentum: float, weight_decay: float, average: float, search: Search, seed: int, maximize: bool
 ) -> None:
     """Raises ArgumentError for a number out of range, naming the argument."""
+    if not isinstance(maximize, bool):
+        raise ArgumentError(f"maximize={maximize!r} was given; it must be True or False.")
     if not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"seed={seed!r} was given; it must be a whole number of at least 0.")
     _check_number("lr", lr, infinite=isinstance(search, TrustRegion | KLClip | QuadraticFit))
     _check_number("weight_decay", weight_decay)
     for name, value in (("momentum", momentum), ("average", average)):
-        if not 0 <= value < 1:
-            raise ArgumentError(f"{name}={value} was given; it must be at least 0 and below 1.")
+        if not isinstance(value, Real) or not 0 <= value < 1:
+            raise ArgumentError(f"{name}={value!r} was given; it must be a number of at least 0 and below 1.")
     if isinstance(search, QuadraticFit) and momentum:
         raise ArgumentError(
             f"momentum={momentum} was given together with QuadraticFit, which fits the momentum of every step itself. "
@@ -88,6 +107,8 @@ def check_arguments(
 def _check_number(name: str, value: float | Tensor, infinite: bool = False) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ArgumentError(f"Tensor {name} must be 1-element, one number, but has shape {tuple(value.shape)}.")
+    if not isinstance(value, Real | Tensor):
+        raise ArgumentError(f"{name}={value!r} was given; it must be a number.")
     number = float(value)
     if math.isnan(number) or number < 0 or (math.isinf(number) and not infinite):
         raise ArgumentError(f"{name}={number} was given; it must be a finite number of at least 0.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -27,17 +28,18 @@ def check_group(group: Mapping[str, Any], search: Search) -> None:
             continue
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ArgumentError(f"Tensor {name} must be 1-element, but has shape {tuple(value.shape)}.")
-        if not isinstance(value, (int, float, Tensor)):
+        if not isinstance(value, Real | Tensor):
             raise ArgumentError(f"{name}={value!r} was given in a parameter group; it must be a number.")
-        if math.isnan(float(value)) or float(value) < 0:
+        if isinstance(value, Tensor) and not float(value) >= 0:
             raise ArgumentError(f"{name}={float(value)} was given in a parameter group; it must be at least 0.")
+    if not isinstance(group["maximize"], bool):
+        raise ArgumentError(f"maximize={group['maximize']!r} was given in a parameter group; it must be True or False.")
+    check_values(group)
     if group["weight_decay"] and math.isinf(float(group["lr"])) and not search.needs_probe:
         raise ArgumentError(
             f"lr={float(group['lr'])} was given together with weight_decay={group['weight_decay']}, which multiplies "
             "parameters by 1 − lr·weight_decay. Give a finite lr, or a search that measures: TrustRegion, QuadraticFit."
         )
-    if not 0 <= group["momentum"] < 1:
-        raise ArgumentError(f"momentum={group['momentum']} was given; it must be at least 0 and below 1.")
     if group["max_kl"] is not None and not hasattr(search, "max_kl"):
         raise ArgumentError(
             f"max_kl={group['max_kl']} was given in a parameter group, but {type(search).__name__} has no radius. Use "
@@ -45,6 +47,18 @@ def check_group(group: Mapping[str, Any], search: Search) -> None:
         )
     if group["max_kl"] is not None and not float(group["max_kl"]) > 0:
         raise ArgumentError(f"max_kl={float(group['max_kl'])} was given in a parameter group; it must be above 0.")
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for a plain number out of range, as a schedule may have left it; waits for no device."""
+    for name in _SCALARS:
+        value = group[name]
+        if isinstance(value, Real) and not float(value) >= 0:
+            hint = " Schedules multiply lr: give a finite one, where it is inf." if math.isnan(float(value)) else ""
+            raise ArgumentError(f"{name}={value} was given in a parameter group; it must be at least 0.{hint}")
+    momentum = group["momentum"]
+    if not isinstance(momentum, Real) or not 0 <= float(momentum) < 1:
+        raise ArgumentError(f"momentum={momentum!r} was given in a parameter group; it must be at least 0 and below 1.")
 
 
 def set_division(groups: Sequence[Group], new: Group) -> None:

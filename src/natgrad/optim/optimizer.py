@@ -21,7 +21,14 @@ from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, S
 from natgrad.metric.running import Refresh
 from natgrad.network import BlockVector, Partition, fresh_casts, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
-from natgrad.optim.checks import check_arguments, check_likelihood, check_members, check_parameters, check_real
+from natgrad.optim.checks import (
+    check_arguments,
+    check_likelihood,
+    check_members,
+    check_parameters,
+    check_parts,
+    check_real,
+)
 from natgrad.optim.closures import Closure, Evaluation, evaluate
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
@@ -29,6 +36,7 @@ from natgrad.optim.groups import (
     OPTIONS,
     Group,
     check_group,
+    check_values,
     common,
     damping_of,
     divisions,
@@ -128,7 +136,8 @@ class NaturalGradient(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         check_likelihood(likelihood)
-        check_arguments(lr, momentum, weight_decay, average, search, seed)
+        check_parts(metric, solver, search, refresh)
+        check_arguments(lr, momentum, weight_decay, average, search, seed, maximize)
         self.last: Step | None = None
         self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
         self._damping, self._decay, self._refresh, self._seed = as_damping(damping), average, refresh, seed
@@ -326,6 +335,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if self._idle():
                 return loss
         self._network  # noqa: B018  (an error where there is none)
+        for group in self.param_groups:  # whatever a schedule has made of it
+            check_values(group)
         evaluation = evaluate(closure, self._observer, self._device, self.zero_grad, self.observe)
         with fresh_casts(), torch.inference_mode(False), torch.no_grad(), self._settled():  # replays need a graph
             self._take_step(evaluation)

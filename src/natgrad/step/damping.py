@@ -276,7 +276,7 @@ def as_damping(damping: float | Damping) -> Damping:
         damping = float(damping)
     if isinstance(damping, (int, float)) and not isinstance(damping, bool):
         return Constant(damping)
-    if not (callable(getattr(damping, "amount", None)) and hasattr(damping, "value")):
+    if isinstance(damping, type) or not (callable(getattr(damping, "amount", None)) and hasattr(damping, "value")):
         raise ArgumentError(
             f"damping={damping!r} was given; it must be a number λ ≥ 0 or a rule: Constant, Proportional, "
             "FactoredTikhonov or LevenbergMarquardt."
