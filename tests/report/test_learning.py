@@ -93,6 +93,7 @@ def test_a_failed_seed_is_drawn_with_a_cross_and_left_out_of_the_median():
     curve = seed_curve(found, "return")
     assert curve.middle == tuple(10.0 * k + 0.5 for k in range(1, 10))
     assert "a run failed here" in figure(found, "return").body
+    assert "(median of 2 seeds, which end between 90.0 and 91.0)" in figure(found, "return").caption
     assert "1 of 3 seeds failed; the reasons are below." in summary(found)
 
 

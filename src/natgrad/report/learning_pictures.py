@@ -96,10 +96,8 @@ def _reading(learning: Learning) -> str:
 
 
 def _ends(curve: Curve) -> tuple[float, float, list[float]]:
-    """First and last value of the median, and the last values of the seeds."""
-    last = sorted(y[-1] for _, y in curve.thin) or [curve.middle[-1]]
-    if not curve.middle:
-        return math.nan, math.nan, last
+    """First and last value of the median, and the last values of the seeds that it is of."""
+    last = sorted(y[-1] for _, y in curve.seeds)
     return curve.middle[0], curve.middle[-1], last
 
 
