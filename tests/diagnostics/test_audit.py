@@ -100,7 +100,8 @@ def test_every_number_is_that_of_dense_linear_algebra(mlp: Problem, structure: A
     slices = oracles.parameter_slices(mlp.model)
     assert report.structure == structure.name and report.damping == damping
     for row in report.blocks:
-        part = torch.cat([torch.arange(s.start, s.stop) for n, s in slices.items() if f"{n}.".startswith(f"{row.name}.")])
+        own = [s for name, s in slices.items() if f"{name}.".startswith(f"{row.name}.")]
+        part = torch.cat([torch.arange(s.start, s.stop) for s in own])
         start += len(part)
         block, exact = approximate[part][:, part], mlp.exact[part][:, part]
         d, w = (torch.linalg.solve(m + damping * torch.eye(len(part), dtype=DOUBLE), g[part]) for m in (block, exact))
