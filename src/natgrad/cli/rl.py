@@ -148,6 +148,7 @@ def _run(job: Job, chosen: Chosen) -> Learning:
             runs, policies = run_seeds(job, display, interrupt)
         film, no_film = None, "The run was interrupted, so there is no film yet."
         if not interrupt.wanted:
+            console.print("[dim]Drawing an episode …[/]")
             film, no_film = make_film(job, runs, policies)
     return Learning(
         job.environment, job.algo, job.steps, job.seeds, tuple(runs), machine_facts(torch.device(job.device)),

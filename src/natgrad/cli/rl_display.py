@@ -17,7 +17,7 @@ from natgrad.report.learned import Learning, SeedRun
 
 _REFRESH = 0.1  # seconds between updates of the display
 _TENTHS = 10  # lines of a seed in a log, which has no display
-_SHOWN = (("return", "return", 4), ("kl", "KL", 3), ("entropy", "entropy", 3), ("explained_variance", "explained", 2))
+_SHOWN = (("return", "return", 4), ("kl", "KL", 3), ("entropy", "entropy", 3), ("explained_variance", "EV", 2))
 
 
 class RLDisplay:
@@ -28,7 +28,7 @@ class RLDisplay:
         self.last, self.tenth = 0.0, 0
         self.bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=max(6, min(20, console.width - 100))),
             TextColumn("{task.percentage:3.0f}%"),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),

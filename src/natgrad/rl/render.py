@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -19,6 +21,7 @@ from natgrad.rl.policy import Policy
 
 STRIP_FRAMES, STRIP_WIDTH = 6, 240
 MOVIE_FRAMES, MOVIE_WIDTH = 150, 320
+DRAWING = 20.0  # seconds; what would take longer by the time of one picture gets fewer pictures
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def film(
         environment: an id, or a function that makes an environment with ``render_mode="rgb_array"``.
         seed: of the episode.
         limit: steps after which the film ends.
-        every: steps between pictures; drawing can take longer than acting.
+        every: steps between pictures, at least; slow renderers get fewer.
         import_code: see :func:`natgrad.rl.make`.
 
     Raises:
@@ -149,8 +152,11 @@ class _Camera(gym.Wrapper):
         return result
 
     def _keep(self) -> None:
+        start = time.perf_counter()
         self.frames.append(self._shot())
         self.times.append(self.taken)
+        if len(self.frames) == 2:  # the first also sets the renderer up
+            self.every = max(self.every, math.ceil(self.limit * (time.perf_counter() - start) / DRAWING))
         if len(self.frames) > 2 * MOVIE_FRAMES and not self.done:
             self.frames, self.times, self.every = self.frames[::2], self.times[::2], 2 * self.every
 
