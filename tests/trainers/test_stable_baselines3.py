@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from natgrad.errors import NotObservedError
 from natgrad.testing.likelihoods import check_likelihood
 
 pytest.importorskip("stable_baselines3")
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from natgrad.rl.stable_baselines3 import NaturalPolicy, likelihood_for
 from test_examples import load
 
 example = load("stable_baselines3_policy")
@@ -38,7 +42,7 @@ def test_no_update_leaves_the_trust_region():
 
 def test_the_observed_outputs_are_those_of_the_policy():
     policy = example.agent().policy
-    plain = example.ActorCriticPolicy(policy.observation_space, policy.action_space, lambda _: 1.0, net_arch=[32])
+    plain = ActorCriticPolicy(policy.observation_space, policy.action_space, lambda _: 1.0, net_arch=[32])
     plain.load_state_dict(policy.state_dict())
     observations, actions = torch.randn(16, 4), torch.randint(2, (16,))
     for ours, theirs in zip(*[p.evaluate_actions(observations, actions) for p in (policy, plain)], strict=True):
@@ -59,7 +63,7 @@ def test_the_loss_is_the_negative_log_likelihood():
 def test_the_likelihood_keeps_the_laws():
     f = torch.randn(5, 3, dtype=torch.float64)
     y = torch.stack([torch.randint(2, (5,)).double(), 20 * torch.randn(5, dtype=torch.float64)], -1)
-    check_likelihood(ng.FromDistribution(lambda f: example.ActionAndReturn(f)), f, y, samples=4000)
+    check_likelihood(likelihood_for(gymnasium.spaces.Discrete(2), 20.0), f, y, samples=4000)
 
 
 def test_a_plain_policy_is_an_error_that_says_what_to_do():
@@ -80,7 +84,7 @@ def test_a_loaded_model_takes_the_same_steps(tmp_path):
     """With K-FAC, whose averages and inverses must come back from the file."""
     likelihood, envs = example.agent().policy.optimizer.likelihood, example.agent().get_env()
     kfac = {"net_arch": [32], "optimizer_class": ng.KFAC, "optimizer_kwargs": {"likelihood": likelihood}}
-    model = example.A2C(example.ObservedPolicy, envs, 1.0, n_steps=32, device="cpu", seed=0, policy_kwargs=kfac)
+    model = example.A2C(NaturalPolicy, envs, 1.0, n_steps=32, device="cpu", seed=0, policy_kwargs=kfac)
     model.learn(3 * UPDATE)
     model.save(tmp_path / "agent")
     loaded = example.A2C.load(tmp_path / "agent", device="cpu")

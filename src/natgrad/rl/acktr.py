@@ -35,11 +35,11 @@ class ACKTR:
         critic: how the critic is fitted; K-FAC, too.
     """
 
-    max_kl: float = 0.002
-    lr: float = 0.25
+    max_kl: float = 0.01
+    lr: float = 1.0
     anneal: bool = True
-    momentum: float = 0.9
-    entropy: float = 0.0
+    momentum: float = 0.0
+    entropy: float = 0.01
     damping: float | Damping = FactoredTikhonov(1e-2)
     structure: Structure = Kronecker()
     average: float = 0.99
@@ -69,7 +69,7 @@ def acktr(
     *,
     steps: int,
     seed: int = 0,
-    setup: Setup = Setup(environments=16, horizon=20),
+    setup: Setup = Setup(horizon=64),
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Training:

@@ -14,7 +14,7 @@ from natgrad.rl.trpo import TRPO
 DEFAULTS: dict[str, tuple[Algorithm, Setup]] = {
     "trpo": (TRPO(), Setup()),
     "npg": (NPG(), Setup()),
-    "acktr": (ACKTR(), Setup(environments=16, horizon=20)),
+    "acktr": (ACKTR(), Setup(horizon=64)),
     "ppo": (PPO(), Setup()),
 }
 _SETUPS: dict[str, dict[str, float | int | bool]] = {
