@@ -48,6 +48,7 @@ from natgrad.optim.groups import (
 from natgrad.optim.loading import check_places, matched, names_in
 from natgrad.optim.momentum import Momentum
 from natgrad.optim.observer import Observation, Observer, unwrapped
+from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
 from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
@@ -81,7 +82,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Momentum averages the gradient before it is preconditioned, ``m ← μ m + g``, so that the predicted KL is that of
     the whole step. Weight decay is decoupled (``θ ← (1 − lr·w) θ``), except where the search measures what a step
-    does: there it is part of the loss, so that the bound holds for the whole change.
+    does (TrustRegion, Armijo, QuadraticFit): there it is part of the loss, ``½ w ‖θ‖²``, with its gradient and with its
+    curvature ``w I`` beside the metric, so that the steps lead to the minimum of the sum.
 
     A gradient that is not finite changes nothing: not the parameters, not the averages.
 
@@ -359,7 +361,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         try:
             with full_precision(self._device):
-                curvature = self._update_curvature(observations, gradients)
+                curvature = self._update_curvature(observations, gradients, in_loss(self._search, self._groups()))
                 step, direction = self._search_step(curvature, gradients, observations, evaluation)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
@@ -389,7 +391,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._metric.averaged:
             empty = self._metric.no_statistics(self._network, curvature.partition)
             assert isinstance(empty, Moments)
-            curvature.prime(empty, self._dampings(curvature.partition), self._solver)
+            decay = in_loss(self._search, self._groups())
+            curvature.prime(empty, self._dampings(curvature.partition, decay), self._solver)
         parameters = self._named()
         Momentum(self.state, parameters, self._momenta(self._groups())).prime(gradients)
         if isinstance(self._search, QuadraticFit):
@@ -412,7 +415,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         try:
             with full_precision(self._device):
-                curvature = self._update_curvature(observations, gradients)
+                curvature = self._update_curvature(observations, gradients, {})
                 direction = preconditioned(curvature, gradients)
         except (ConvergenceError, NonFiniteError):
             if bool(_all_finite(gradients)):
@@ -497,10 +500,11 @@ class NaturalGradient(torch.optim.Optimizer):
             parts = [frozenset(groups)]
         return self._metric.partition(self._network, self._examination.uncovered, parts)
 
-    def _dampings(self, partition: Partition) -> dict[str, Damping]:
-        """The damping rule of each block."""
+    def _dampings(self, partition: Partition, decay: dict[str, float]) -> dict[str, Any]:
+        """The damping rule of each block, for a loss that includes ``decay``."""
         groups = self._groups()
-        return {b.name: damping_of(groups[b.parameters[0]], self._damping) for b in partition.blocks}
+        rules = {b.name: damping_of(groups[b.parameters[0]], self._damping) for b in partition.blocks}
+        return penalised(rules, partition, decay, groups, self._named(), self._metric)
 
     def _curvature_for(self, partition: Partition) -> Curvature:
         if self._curvature is None or self._curvature.partition is not partition:
@@ -513,7 +517,9 @@ class NaturalGradient(torch.optim.Optimizer):
             self._examination.stale = False
         return self._curvature
 
-    def _update_curvature(self, observations: list[Observation], gradients: dict[str, Tensor]) -> Curvature:
+    def _update_curvature(
+        self, observations: list[Observation], gradients: dict[str, Tensor], decay: dict[str, float]
+    ) -> Curvature:
         if self._curvature is not None and any(o.statistics is not None for o in observations):
             curvature = self._curvature  # with the blocks of the observed pass, whatever was (un)frozen since
         else:
@@ -523,7 +529,7 @@ class NaturalGradient(torch.optim.Optimizer):
             curvature.update(self._whole(statistics), _all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
-            curvature.refresh(self._dampings(curvature.partition), self._solver)
+            curvature.refresh(self._dampings(curvature.partition, decay), self._solver)
         return curvature
 
     def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
@@ -562,11 +568,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """The step, and the direction it was found along, before rates of groups that differ."""
         partition, groups, parameters = curvature.partition, self._groups(), self._named()
         gradients = {n: -g if groups[n]["maximize"] else g for n, g in gradients.items()}
-        if self._search.needs_probe:
-            decay = {n: group["weight_decay"] for n, group in groups.items() if group["weight_decay"]}
-            gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
-        else:
-            decay = {}
+        decay = in_loss(self._search, groups)
+        gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
         momentum = Momentum(self.state, parameters, self._momenta(groups))
         averaged = momentum.averaged(gradients)
         direction = preconditioned(curvature, averaged)
@@ -585,6 +588,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"{type(self._damping).__name__} follows the measured change of the loss, and the loss is not "
                     "known. Call opt.observe(output, target) before loss.backward(), or give step() a closure."
                 )
+        penalty = curvature_of_penalty(partition, decay, parameters, curvature.operators)
         steps = []
         for members in self._together(partition, direction, groups):
             vectors = {name: direction[name] for name in members}
@@ -599,6 +603,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss=loss if isinstance(loss, Tensor) else None,
                 previous=self._previous(partition, vectors, parameters),
                 block_damping={name: dampings[name].amount(curvature.operators[name]) for name in members},
+                penalty=penalty,
             )
             search = search_of(of[0], self._search)
             steps.append(search(local, at_rates(partition, vectors, groups, reference), reference, probe))
@@ -663,7 +668,7 @@ class NaturalGradient(torch.optim.Optimizer):
             accepted = torch.as_tensor(step.accepted, device=self._device)
             if not self._search.needs_probe:
                 for name in change:
-                    _shrink(parameters[name], groups[name], accepted)
+                    shrink(parameters[name], groups[name], accepted)
             if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
                 # One fused multiply-add, as torch.optim.SGD does it: the same bits.
                 for name, d in partition.unpack(direction).items():
@@ -791,16 +796,6 @@ class NaturalGradient(torch.optim.Optimizer):
             self.attach(self._wrapper or model)
             if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):
                 self._curvature_for(self._partition())
-
-
-def _shrink(p: Tensor, group: Group, accepted: Tensor) -> None:
-    """Decoupled weight decay, ``θ ← (1 − lr·w) θ``."""
-    if not group["weight_decay"]:
-        return
-    shrink = 1 - group["lr"] * group["weight_decay"]
-    # Not in p's own precision: bfloat16 knows nothing between 0.996 and 1.
-    factor = torch.as_tensor(shrink, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-    p.mul_(torch.where(accepted, factor, torch.ones_like(factor)))
 
 
 def _fits(parameters: dict[str, nn.Parameter], change: dict[str, Tensor], delta: BlockVector) -> Tensor:

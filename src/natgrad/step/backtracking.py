@@ -33,7 +33,7 @@ def backtrack(
     numbers = ray.floats()
     if numbers is None:
         return not_finite(local)
-    scale, slope, curvature = numbers
+    scale, slope, curvature, penalty = numbers
     base = None if local.loss is None else float(local.loss)
     reason = ""
     for taken in range(backtracks + 1):
@@ -49,7 +49,7 @@ def backtrack(
                 lr=t / scale,
                 kl_predicted=0.5 * abs(curvature) * t * t,
                 kl_measured=kl,
-                loss_change_predicted=0.5 * curvature * t * t - slope * t,
+                loss_change_predicted=0.5 * (curvature + penalty) * t * t - slope * t,
                 loss_change_measured=change,
                 backtracks=taken,
                 damping=local.damping,

@@ -96,6 +96,7 @@ class Ray:
         slope: gᵀu, 0-d.
         curvature: uᵀFu, 0-d, from the one product with the metric that the ray costs.
         damping: Σ_b λ_b u_bᵀu_b, 0-d.
+        penalty: uᵀWu, 0-d: the curvature of what the loss has beside the likelihood.
     """
 
     unit: BlockVector
@@ -104,27 +105,28 @@ class Ray:
     slope: Tensor
     curvature: Tensor
     damping: Tensor
+    penalty: Tensor
 
     @property
     def bound(self) -> Tensor:
-        """|uᵀFu| + λuᵀu, 0-d: what limits the length of a step.
+        """|uᵀFu| + uᵀWu + λuᵀu, 0-d: what limits the length of a step.
 
         The metric of a batch is blind outside the span of its rows, and there the damping alone has made the direction
         long; it must be what keeps the step short, too. TRPO's implementation bounds with the damped matrix as well.
         """
-        return self.curvature.abs() + self.damping
+        return self.curvature.abs() + self.penalty + self.damping
 
     @property
     def finite(self) -> Tensor:
         """Whether direction, gradient and metric are finite along the ray: 0-d bool."""
         return torch.isfinite(self.size) & torch.isfinite(self.slope) & torch.isfinite(self.curvature)
 
-    def floats(self) -> tuple[float, float, float] | None:
-        """(scale, slope, curvature) as Python numbers, None where anything is not finite. Waits for the device once."""
-        values = (self.scale, self.size, self.slope, self.curvature)
+    def floats(self) -> tuple[float, float, float, float] | None:
+        """(scale, slope, curvature, penalty), as Python numbers; None where one is not finite. Waits for the device."""
+        values = (self.scale, self.size, self.slope, self.curvature, self.penalty)
         dtype = torch.promote_types(self.slope.dtype, self.curvature.dtype)
-        scale, size, slope, curvature = torch.stack([v.to(self.scale.device, dtype) for v in values]).tolist()
-        return (scale, slope, curvature) if all(map(math.isfinite, (size, slope, curvature))) else None
+        scale, size, *rest = torch.stack([v.to(self.scale.device, dtype) for v in values]).tolist()
+        return (scale, *rest) if all(map(math.isfinite, (size, *rest))) else None
 
     def largest_step(self) -> float:
         """The largest t for which Δ(t) can be represented."""
@@ -135,8 +137,8 @@ class Ray:
         return 0.5 * self.curvature.abs() * t * t
 
     def change(self, t: Scalar) -> Tensor:
-        """−t gᵀu + ½ t² uᵀFu: the change of the loss that the local model predicts at Δ(t)."""
-        return 0.5 * self.curvature * t * t - t * self.slope
+        """−t gᵀu + ½ t² uᵀ(F + W)u: the change of the loss that the local model predicts at Δ(t)."""
+        return 0.5 * (self.curvature + self.penalty) * t * t - t * self.slope
 
     def delta(self, t: Scalar) -> BlockVector:
         """Δ(t) = −t u."""
@@ -149,7 +151,7 @@ def _like(value: Scalar, vector: Tensor) -> Scalar:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The quadratic model of the loss at the current parameters: m(Δ) = gᵀΔ + ½ ΔᵀFΔ.
+    """The quadratic model of the loss at the current parameters: m(Δ) = gᵀΔ + ½ Δᵀ(F + W)Δ.
 
     Attributes:
         gradient: g per block.
@@ -159,6 +161,8 @@ class LocalModel:
         loss: the loss at the current parameters, 0-d; None where nobody measured it.
         previous: the change Δ of the last step, for QuadraticFit; None before the first.
         block_damping: λ of each block, where blocks differ (as with Proportional); None: ``damping`` in all.
+        penalty: W per block, the curvature of what the loss has beside the likelihood (of weight decay, w·I); it counts
+            in changes of the loss, and not in the KL. None: nothing.
     """
 
     gradient: BlockVector
@@ -168,6 +172,7 @@ class LocalModel:
     loss: Tensor | None = None
     previous: BlockVector | None = None
     block_damping: Mapping[str, Scalar] | None = None
+    penalty: Mapping[str, LinearOperator] | None = None
 
     def kl(self, delta: Mapping[str, Tensor]) -> Tensor:
         """½ ΔᵀFΔ, the predicted KL divergence in nats per prediction: 0-d. Costs one product with the metric."""
@@ -175,9 +180,9 @@ class LocalModel:
         return 0.5 * _sum(_quad(self.metric[name], v) for name, v in delta.items())
 
     def change(self, delta: Mapping[str, Tensor]) -> Tensor:
-        """gᵀΔ + ½ ΔᵀFΔ, the predicted change of the loss: 0-d. Costs one product with the metric."""
+        """gᵀΔ + ½ Δᵀ(F + W)Δ, the predicted change of the loss: 0-d. Costs one product with the metric."""
         _checks.blocks("gradient", delta, self.gradient)
-        return dot(delta, self.gradient) + self.kl(delta)
+        return dot(delta, self.gradient) + self.kl(delta) + 0.5 * self.penalty_gram([delta])[0, 0]
 
     def ray(self, direction: BlockVector) -> Ray:
         """The ray Δ(t) = −t·direction/scale. Costs one product with the metric, and no wait for the device."""
@@ -187,7 +192,8 @@ class LocalModel:
         scale = _power_of_two(size)
         unit = _scaled_by(direction, scale)
         damping = self.damping_gram([unit])[0, 0]
-        return Ray(unit, scale, size / scale, dot(unit, self.gradient), 2 * self.kl(unit), damping)
+        penalty = self.penalty_gram([unit])[0, 0]
+        return Ray(unit, scale, size / scale, dot(unit, self.gradient), 2 * self.kl(unit), damping, penalty)
 
     def damping_gram(self, vectors: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Σ_b λ_b v_iᵀv_j, [k, k]: what the damping adds to the curvature between ``vectors``."""
@@ -195,6 +201,16 @@ class LocalModel:
             _sum(self._lambda(name, v) * _dot(v, b[name]) for name, v in a.items()) for a in vectors for b in vectors
         ]
         return torch.stack(rows).reshape(len(vectors), len(vectors))
+
+    def penalty_gram(self, vectors: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """v_iᵀWv_j, [k, k]: what the penalty adds to the curvature between ``vectors``."""
+        if self.penalty is None:
+            return torch.zeros(len(vectors), len(vectors), device=next((v.device for v in vectors[0].values()), None))
+        _checks.blocks("penalty", vectors[0], self.penalty)
+        pushed = [
+            {name: self.penalty[name].matvec(v.to(self.penalty[name].dtype)) for name, v in b.items()} for b in vectors
+        ]
+        return torch.stack([dot(a, b) for a in vectors for b in pushed]).reshape(len(vectors), len(vectors))
 
     def _lambda(self, name: str, vector: Tensor) -> Scalar:
         if self.block_damping is None:
@@ -243,8 +259,9 @@ class Step:
         lr: the multiple s of the direction in Δ = −s·direction (in QuadraticFit the fitted α, times its lr).
         kl_predicted: ½ ΔᵀFΔ; None where the search was told not to predict.
         kl_measured: mean KL(old ‖ new) measured at θ + Δ; None where not measured.
-        loss_change_predicted: gᵀΔ + ½ ΔᵀFΔ; None where the search was told not to predict.
-        loss_change_measured: loss(θ + Δ) − loss(θ); None where not measured.
+        loss_change_predicted: gᵀΔ + ½ Δᵀ(F + W)Δ; None where the search was told not to predict.
+        loss_change_measured: loss(θ + Δ) − loss(θ) of what is minimised: weight decay that is part of the loss counts,
+            and with ``maximize`` it is the negative loss. None where not measured.
         backtracks: how often the step was shortened.
         damping: λ at this step.
         reason: why the step was rejected, for people; empty where it was accepted or where nobody waited to know.

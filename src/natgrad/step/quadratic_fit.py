@@ -15,10 +15,12 @@ from natgrad.step import _checks
 from natgrad.step.backtracking import need_probe, not_finite
 from natgrad.step.local import BlockVector, LocalModel, Probe, Step, dot, rejected, scaled
 
+Rows = list[list[float]]
+
 
 @dataclass(frozen=True)
 class QuadraticFit:
-    """Δ = −α d + μ Δ_prev, with α and μ minimising gᵀΔ + ½ Δᵀ(F + λI)Δ for the exact F of the batch.
+    """Δ = −α d + μ Δ_prev, with α and μ minimising gᵀΔ + ½ Δᵀ(F + W + λI)Δ for the exact F of the batch.
 
     An approximate metric (K-FAC) gives good directions but poor lengths; the exact Fisher matrix between two vectors
     costs two products Jv, and gives length and momentum at once (Martens & Grosse 2015, §6.4 and §7). Where Δ_prev is
@@ -52,12 +54,13 @@ class QuadraticFit:
         s = float(lr)
         if numbers is None or math.isnan(s):
             return not_finite(local)
-        fisher, damped, slope, size = numbers
+        fisher, penalty, damped, slope, size = numbers
         eps = max(torch.finfo(v.dtype).eps for v in direction.values())
         x = minimise_quadratic(damped, slope, rank_tolerance=16 * eps)
         kl = max(0.0, 0.5 * _form(x, fisher))
         if self.max_kl is not None:
             s = min(s, math.sqrt(self.max_kl / kl) if kl > 0 else math.inf)
+        curved = s * s * (kl + 0.5 * _form(x, penalty))
         x = [s * value for value in x]
         largest = min(torch.finfo(v.dtype).max for v in direction.values())
         if not all(abs(value) <= largest for value in x):
@@ -67,7 +70,7 @@ class QuadraticFit:
             accepted=True,
             lr=-x[0] / size,
             kl_predicted=s * s * kl,
-            loss_change_predicted=math.fsum(b * value for b, value in zip(slope, x, strict=True)) + s * s * kl,
+            loss_change_predicted=math.fsum(b * value for b, value in zip(slope, x, strict=True)) + curved,
             damping=local.damping,
         )
 
@@ -108,20 +111,22 @@ def _basis(local: LocalModel, direction: BlockVector) -> tuple[list[BlockVector]
 
 def _numbers(
     local: LocalModel, basis: Sequence[BlockVector], scale: Tensor, probe: Probe
-) -> tuple[list[list[float]], list[list[float]], list[float], float] | None:
-    """(F, F + λI, slope) between the basis vectors and the direction's scale, or None where anything is not finite."""
+) -> tuple[Rows, Rows, Rows, list[float], float] | None:
+    """(F, W, F + W + λI, slope) between the basis vectors and the direction's scale; None where one is not finite."""
     k = len(basis)
     fisher = probe.curvature(basis)
     if fisher.shape != (k, k):
         raise ShapeError(f"probe.curvature gave shape {tuple(fisher.shape)} for {k} vectors. It must be [{k}, {k}].")
-    parts = [fisher, local.damping_gram(basis), torch.stack([dot(v, local.gradient) for v in basis]), scale]
-    dtype = torch.promote_types(fisher.dtype, parts[1].dtype)
-    flat = torch.cat([part.reshape(-1).to(parts[1].device, dtype) for part in parts]).tolist()
+    damping, slope = local.damping_gram(basis), torch.stack([dot(v, local.gradient) for v in basis])
+    parts = [fisher, local.penalty_gram(basis), damping, slope, scale]
+    dtype = torch.promote_types(fisher.dtype, damping.dtype)
+    flat = torch.cat([part.reshape(-1).to(damping.device, dtype) for part in parts]).tolist()
     if not all(map(math.isfinite, flat)):
         return None
-    rows = [flat[i * k : (i + 1) * k] for i in range(2 * k)]
-    damped = [[f + g for f, g in zip(row, shift, strict=True)] for row, shift in zip(rows[:k], rows[k:], strict=True)]
-    return rows[:k], damped, flat[2 * k * k : -1], flat[-1]
+    rows = [flat[i * k : (i + 1) * k] for i in range(3 * k)]
+    terms = rows[:k], rows[k : 2 * k], rows[2 * k :]
+    damped = [[math.fsum(entries) for entries in zip(*row, strict=True)] for row in zip(*terms, strict=True)]
+    return terms[0], terms[1], damped, flat[3 * k * k : -1], flat[-1]
 
 
 def _form(x: Sequence[float], matrix: Sequence[Sequence[float]]) -> float:

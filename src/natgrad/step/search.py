@@ -168,7 +168,7 @@ class Armijo:
         numbers = ray.floats()
         if numbers is None:
             return not_finite(local)
-        scale, slope, _ = numbers
+        scale, slope, *_ = numbers
         t = float(lr) * scale
         if not 0 < t <= ray.largest_step():
             return rejected(local.damping, f"the step length is {t} (lr {float(lr)})", tried=False)

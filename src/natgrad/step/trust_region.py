@@ -18,11 +18,11 @@ from natgrad.step.local import BlockVector, LocalModel, Probe, Step, rejected
 class TrustRegion:
     """The largest step, up to lr, whose KL divergence stays within ``max_kl``, as measured and not as predicted.
 
-    Starts at s = min(lr, √(2 max_kl / dᵀ(F + λI)d)), where the damped metric predicts the boundary, and multiplies s by
-    ``shrink`` until the measured mean KL(old ‖ new) is at most ``max_kl``, the loss, where there is one, falls, and
-    everything is finite. After ``backtracks`` of these the step is rejected: nothing changes. ``lr = math.inf`` starts
-    at the boundary itself, as TRPO does (Schulman et al. 2015, appendix C); a direction without curvature then has no
-    boundary, and is rejected. No tolerance is added to ``max_kl``.
+    Starts at s = min(lr, √(2 max_kl / dᵀ(F + W + λI)d)), where the damped metric predicts the boundary, and multiplies
+    s by ``shrink`` until the measured mean KL(old ‖ new) is at most ``max_kl``, the loss, where there is one, falls,
+    and everything is finite. After ``backtracks`` of these the step is rejected: nothing changes. ``lr = math.inf``
+    starts at the boundary itself, as TRPO does (Schulman et al. 2015, appendix C); a direction without curvature then
+    has no boundary, and is rejected. No tolerance is added to ``max_kl``.
 
     Args:
         max_kl: the radius, in nats per prediction.
@@ -58,7 +58,7 @@ class TrustRegion:
         numbers = ray.floats()
         if numbers is None or math.isnan(float(lr)):
             return not_finite(local)
-        scale, slope, curvature = numbers
+        scale, slope, curvature, _ = numbers
         bound = float(ray.bound)
         if slope == 0 and curvature == 0 and not float(ray.size):
             return rejected(local.damping, "the direction is zero", tried=False)
