@@ -93,7 +93,8 @@ def _reached(learning: Learning) -> str:
     first = evaluated[0].evaluation
     episodes = len(first.returns) if first is not None else 0
     steps = grouped(max(int(run.column("steps")[-1]) for run in evaluated))
-    how = f"over {episodes} episodes that training never saw, taking the most probable action"
+    played = f"{episodes} episodes" if episodes > 1 else "one episode"
+    how = f"over {played} that training never saw, taking the most probable action"
     if len(means) == 1:
         return f"After {steps} steps the policy of seed {evaluated[0].seed} returns {number(means[0])} {how}."
     if number(min(means)) == number(max(means)):
