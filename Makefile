@@ -7,7 +7,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-slow check format bench docs clean
+.PHONY: run test test-slow check format bench bench-rl docs clean
 
 run: .venv/.installed-run
 	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --threads 1 --out runs/digits
@@ -30,6 +30,10 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/run.py
+
+bench-rl: .venv/.installed-dev
+	@$(PIP) --editable '.[bench]'
+	$(BIN)/python benchmarks/rl.py speed
 
 docs: .venv/.installed-dev
 	$(BIN)/python .ci/check_links.py

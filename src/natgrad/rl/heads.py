@@ -172,11 +172,11 @@ class SquashedHead(GaussianHead):
     """tanh of a diagonal Gaussian, scaled to the bounds, all of which must be finite.
 
     The policy's own action is the Gaussian's, before tanh: a bijection changes neither KL nor ratios. The entropy is
-    that of the squashed action, in units where it runs from −1 to 1: H = H_Gaussian + E log(1 − tanh²u), by
-    Gauss–Hermite quadrature of ``nodes`` nodes.
+    that of the squashed action, in units where it runs from −1 to 1: H = H_Gaussian + E log(1 − tanh²u), by the
+    trapezoidal rule over ``nodes`` points within 8.5 σ, which converges exponentially for such an integrand.
     """
 
-    nodes: int = 32
+    nodes: int = 64
 
     def __post_init__(self) -> None:
         if not np.isfinite([*self.low, *self.high]).all():
@@ -190,9 +190,9 @@ class SquashedHead(GaussianHead):
 
     def entropy(self, f: Tensor) -> Tensor:
         mean, log_scale = f.chunk(2, -1)
-        nodes, weights = np.polynomial.hermite.hermgauss(self.nodes)
-        x, w = (torch.as_tensor(v, dtype=f.dtype, device=f.device) for v in (nodes, weights / math.sqrt(math.pi)))
-        u = mean.unsqueeze(-1) + math.sqrt(2) * log_scale.exp().unsqueeze(-1) * x
+        z = torch.linspace(-8.5, 8.5, self.nodes, dtype=f.dtype, device=f.device)
+        w = torch.softmax(-0.5 * z.square(), -1)
+        u = mean.unsqueeze(-1) + log_scale.exp().unsqueeze(-1) * z
         # log(1 − tanh²u) = 2 (log 2 − |u| − log(1 + e^{−2|u|})), without cancellation
         jacobian = 2 * (math.log(2) - u.abs() - F.softplus(-2 * u.abs()))
         return super().entropy(f) + (jacobian * w).sum((-1, -2))

@@ -17,12 +17,22 @@ DEFAULTS: dict[str, tuple[Algorithm, Setup]] = {
     "acktr": (ACKTR(), Setup(horizon=64)),
     "ppo": (PPO(), Setup()),
 }
-_SETUPS: dict[str, dict[str, float | int | bool]] = {
+# What the environment asks for, whatever the algorithm.
+_ENVIRONMENTS: dict[str, dict[str, float]] = {
     "Pendulum-v1": {"gamma": 0.9},
     "MountainCarContinuous-v0": {"noise_correlation": 0.95},
     "Swimmer-v5": {"gamma": 0.9999},
 }
-_RADII = {"Pendulum-v1": 0.02, "MountainCarContinuous-v0": 0.02}
+# Radius and horizon of the algorithms that take one step per rollout.
+_ONE_STEP: dict[str, tuple[float, int]] = {
+    "Acrobot-v1": (0.02, 128),
+    "Pendulum-v1": (0.02, 256),
+    "MountainCarContinuous-v0": (0.02, 256),
+}
+_PPO: dict[str, dict[str, float]] = {
+    "Acrobot-v1": {"lr": 1e-3, "entropy": 0.01},
+    "Pendulum-v1": {"lr": 1e-3},
+}
 
 
 def settings_for(algorithm: str, environment: str) -> tuple[Algorithm, Setup]:
@@ -34,10 +44,12 @@ def settings_for(algorithm: str, environment: str) -> tuple[Algorithm, Setup]:
     if algorithm not in DEFAULTS:
         raise ArgumentError(f"There is no algorithm {algorithm!r}; there are {', '.join(DEFAULTS)}.")
     settings, setup = DEFAULTS[algorithm]
-    setup = replace(setup, **_SETUPS.get(environment, {}))  # pyright: ignore[reportArgumentType]
-    radius = _RADII.get(environment)
-    if radius is not None and isinstance(settings, TRPO):
-        settings = replace(settings, max_kl=radius)
-    if radius is not None and isinstance(settings, NPG):
-        settings = replace(settings, target_kl=radius)
+    setup = replace(setup, **_ENVIRONMENTS.get(environment, {}))  # pyright: ignore[reportArgumentType]
+    if environment in _ONE_STEP and isinstance(settings, TRPO | NPG):
+        radius, horizon = _ONE_STEP[environment]
+        setup = replace(setup, horizon=horizon)
+        name = "max_kl" if isinstance(settings, TRPO) else "target_kl"
+        settings = replace(settings, **{name: radius})
+    if isinstance(settings, PPO):
+        settings = replace(settings, **_PPO.get(environment, {}))  # pyright: ignore[reportArgumentType]
     return settings, setup
