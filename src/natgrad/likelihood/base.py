@@ -94,6 +94,9 @@ class Likelihood(ABC):
         """Raises ShapeError or ArgumentError unless y is a possible target of output f; looks at the values of y."""
         only_labels(y, self)
 
+    def check_gradient(self, g: Tensor) -> None:  # noqa: B027  (most likelihoods cannot tell)
+        """Raises ShapeError where the loss's gradient g at an output shows that its axes mean something else."""
+
 
 def only_labels(y: Target, likelihood: Likelihood | None = None) -> Tensor:
     """`y` when it is one tensor; a pair (labels, weights) is understood by `Weighted` alone."""

@@ -82,6 +82,16 @@ class Categorical(Likelihood):
                 "A model with one logit per example has a natgrad.Bernoulli likelihood."
             )
 
+    def check_gradient(self, g: Tensor) -> None:
+        # Of a function of softmax(f) it sums to zero over the classes. A part of it nearly always tells already.
+        if g.ndim < 3 or not _centred(g[:2, ..., :64], 1) or _centred(g, -1):
+            return
+        raise ShapeError(
+            f"The gradient of the loss at an output of shape {list(g.shape)} sums to zero over axis 1, and not over "
+            "the last axis, where Categorical looks for the classes: they seem to be on axis 1, where "
+            "torch.nn.CrossEntropyLoss takes them. Say so before loss.backward(): opt.observe(output.movedim(1, -1))."
+        )
+
     def check_target(self, f: Tensor, y: Target) -> None:
         labels = _labels(self, f, y)
         if labels.numel() == 0:
@@ -106,6 +116,13 @@ class Categorical(Likelihood):
                 "them (softmax of teacher logits, target / target.sum(-1, keepdim=True)); for integer labels use "
                 "dtype int64; to weight examples use natgrad.Weighted."
             )
+
+
+def _centred(g: Tensor, axis: int) -> bool:
+    """Whether sums over ``axis`` vanish to rounding; that of zeros says nothing and counts as no."""
+    size = g.double().abs().sum(axis).max()
+    tolerance = 2e-2 if g.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool((size > 0) & (g.double().sum(axis).abs().max() <= tolerance * size))
 
 
 def _labels(likelihood: Categorical, f: Tensor, y: Target) -> Tensor:

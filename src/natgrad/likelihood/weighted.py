@@ -149,6 +149,9 @@ class Weighted(Likelihood):
                 f"has {f.shape[-1]} classes. Give one weight per class, in the order of the logits."
             )
 
+    def check_gradient(self, g: Tensor) -> None:
+        self.likelihood.check_gradient(g)
+
     def check_target(self, f: Tensor, y: Target) -> None:
         if isinstance(y, tuple) and len(y) == 2 and isinstance(y[1], Tensor):
             _check_sample_weights(f, y[1])

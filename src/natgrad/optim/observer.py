@@ -17,6 +17,7 @@ from natgrad.errors import ArgumentError, StaleTapeError
 from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
 from natgrad.network import Pass, Recorder, Tape, is_compiled, is_replaying, output_tensor
+from natgrad.optim.axes import Axes, in_order, inverse, moved, moved_axes
 
 
 class _Life:
@@ -39,6 +40,7 @@ class Observation:
         reached: whether a backward pass reached the output.
         explicit: whether the user observed the output explicitly.
         skipped: whether the pass is left out, because its output is not finite.
+        axes: the order in which the likelihood reads the axes of the source; None as they are.
     """
 
     due: bool
@@ -52,6 +54,7 @@ class Observation:
     reached: bool = False
     explicit: bool = False
     skipped: bool = False
+    axes: Axes | None = None
     _own: bool = False
     _life: weakref.ref[_Life] | None = None
 
@@ -68,21 +71,25 @@ class Observation:
         # A tape keeps the graph alive by itself, and is of no use without the output.
         return self.tape is None and self._life is not None and self._life() is not None
 
-    def complete(self, output: Tensor) -> None:
+    def complete(self, output: Tensor, on_gradient: weakref.WeakMethod[Any]) -> None:
         """Take ``output`` as what the likelihood reads, and notice when a backward pass reaches it."""
         state, life = weakref.ref(self), _Life()
-        self.source, self.output, self._life = weakref.ref(output), output.detach(), weakref.ref(life)
+        self.source, self._life = weakref.ref(output), weakref.ref(life)
+        self.output = moved(output.detach(), self.axes)
 
-        def reached(life: _Life = life) -> None:
+        def reached(gradient: Tensor, life: _Life = life) -> None:
             seen = state()
             if seen is not None and not seen._own:
                 seen.reached = True
+                tell = on_gradient()
+                if tell is not None:
+                    tell(seen, gradient)
 
         node, index = _before_conversions(output)
         if node is output.grad_fn or node is None:
-            output.register_hook(lambda gradient: reached())
+            output.register_hook(lambda gradient: reached(gradient))
         else:  # the loss may be made of what was converted, as where accelerate returns float32 from a bfloat16 pass
-            node.register_prehook(lambda gradients: reached() if gradients[index] is not None else None)
+            node.register_prehook(lambda gradients: reached(gradients[index]) if gradients[index] is not None else None)
 
     @contextmanager
     def differentiating(self, output: Tensor) -> Iterator[Tape]:
@@ -99,6 +106,17 @@ class Observation:
             yield tape
         finally:
             tape.output, self._own = None, False
+
+    def reordered(self, axes: Axes | None) -> None:
+        """Let the likelihood read the axes of the source in another order; statistics of the old one are dropped."""
+        if axes != self.axes:
+            back, self.axes = inverse(self.axes), axes
+            select = self.observed.select
+            self.observed = replace(self.observed, select=lambda raw: in_order(select(raw), back, axes))
+            if self.output is not None:
+                self.output = in_order(self.output, back, axes)
+            if self.statistics is not None:
+                self.statistics, self.due = None, True
 
     def record(self, statistics: Statistics) -> None:
         """Keep the statistics, and let go of the layers' inputs, which are no longer needed."""
@@ -155,12 +173,15 @@ class Observer:
         is_due: whether statistics are to be taken of the next pass.
         on_pass: called with each finished observation whose output is known, and with that output.
         wrapper: a module around the network that may return other tensors than the network did; None without one.
+        on_gradient: called with the loss's first gradient at an output, its axes in the order in which they are read;
+            again with the next one where it raises an error.
     """
 
     model: nn.Module
     is_due: Callable[[], bool]
     on_pass: Callable[[Observation, Tensor], None]
     wrapper: nn.Module | None = None
+    on_gradient: Callable[[Tensor], None] | None = None
     observations: list[Observation] = field(default_factory=list)
     _recorder: Recorder | None = None
     _pass: Pass | None = None
@@ -169,6 +190,7 @@ class Observer:
     _forced: bool = False
     _paused: bool = False
     _returned: Any = None
+    _axes: Axes | None = None
 
     def __post_init__(self) -> None:
         self._handles = [
@@ -234,6 +256,7 @@ class Observer:
         found = output_tensor(output)
         leaves = [weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
         observation = Observation(self._due, tape, observed, leaves)
+        observation.reordered(self._axes)
         self.observations = [o for o in self.observations if o.alive]
         self.observations.append(observation)
         if self.wrapper is not None:
@@ -257,24 +280,30 @@ class Observer:
                 f"The batch is empty: the model's output has shape {tuple(output.shape)}. Skip empty batches."
             )
         if output.requires_grad:
-            observation.complete(output)
-            self.on_pass(observation, output)
+            observation.complete(output, weakref.WeakMethod(self._gradient))
+            self.on_pass(observation, moved(output, observation.axes))
 
     def find(self, output: Tensor) -> Observation:
         """The observation that ``output`` belongs to, completed with it where it was not known yet.
 
+        ``output`` may be what a pass returned with its axes moved; the likelihood then reads those of later passes in
+        the same order.
+
         Raises:
             StaleTapeError: no recorded pass produced it.
         """
-        output = unwrapped(output)
+        output, self._axes = self._as_returned(unwrapped(output))
         for observation in reversed(self.observations):
             if observation.source is not None and observation.source() is output:
+                observation.reordered(self._axes)
                 return observation
             for i, leaf in enumerate(observation.leaves):
                 if leaf is not None and leaf() is output:
                     previous = observation.observed
                     observation.observed = replace(previous, select=lambda raw, i=i: pytree.tree_leaves(raw)[i])
-                    observation.statistics = None
+                    observation.due = observation.due or observation.statistics is not None
+                    observation.statistics = observation.axes = None
+                    observation.reordered(self._axes)
                     self._complete(observation, output)
                     return observation
         why = (
@@ -288,13 +317,28 @@ class Observer:
             "that model(...) returned, in training mode, before the next step."
         )
 
+    def _gradient(self, observation: Observation, gradient: Tensor) -> None:
+        if self.on_gradient is not None:
+            self.on_gradient(moved(gradient, observation.axes))
+            self.on_gradient = None
+
+    def _as_returned(self, output: Tensor) -> tuple[Tensor, Axes | None]:
+        """What the module returned where ``output`` is that with its axes moved, and their order."""
+        leaves = [leaf() for o in self.observations for leaf in o.leaves if leaf is not None]
+        if not any(leaf is output for leaf in leaves):
+            for leaf in leaves:
+                axes = None if leaf is None else moved_axes(leaf, output)
+                if leaf is not None and axes is not None:
+                    return leaf, axes if list(axes) != sorted(axes) else None
+        return output, None
+
     def keep(self, observation: Observation) -> None:
         """Forget every other pass."""
         self.observations = [observation]
 
     def reached(self, output: Tensor) -> bool:
         """Whether a backward pass has already gone through ``output`` of a recorded pass."""
-        output = unwrapped(output)
+        output, _ = self._as_returned(unwrapped(output))
         return any(o.reached and o.source is not None and o.source() is output for o in self.observations)
 
     def forget_reached(self) -> None:

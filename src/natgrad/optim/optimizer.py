@@ -189,7 +189,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._device = parameters[0].device
         self._generator = torch.Generator(device=self._device)
         self._wrapper = model if model is not inner else None
-        self._observer = Observer(inner, self._due, self._on_pass, self._wrapper)
+        self._observer = Observer(inner, self._due, self._on_pass, self._wrapper, self._likelihood.check_gradient)
         self._unbound()
         return self
 
