@@ -16,6 +16,7 @@ import natgrad as ng
 from distributed.processes import SIZE, in_processes
 from natgrad.distributed import Replicas, computed_by_owners, owners
 
+COMPILED = ["inside", "around", "late", "in place"]
 CUT, TOTAL = 9, 14  # the first process has 9 examples of 14
 EXACT_KFAC = ng.Fisher(ng.Exact(), ng.Kronecker())
 TRUST = {"search": ng.TrustRegion(1e-2), "lr": 2.0}
@@ -203,6 +204,28 @@ def resumed(rank: int) -> dict[str, Any]:
     return {"straight": theta(straight), "resumed": theta(model)}
 
 
+def compiled(rank: int) -> dict[str, Any]:
+    """The compiler inside or around the wrapper, before or after the optimizer is made."""
+    found = {}
+    for form in COMPILED:
+        torch.compiler.reset()
+        model = network()
+        inside = torch.compile(model, backend="aot_eager") if form == "inside" else model
+        wrapped: Any = DistributedDataParallel(inside)  # type: ignore[arg-type]
+        around = torch.compile(wrapped, backend="aot_eager") if form in ("around", "late") else wrapped
+        seen = wrapped if form == "late" else around
+        optimizer = ng.NaturalGradient(seen, ng.Categorical(), lr=0.1, **OPTIONS["kfac"])
+        if form == "in place":
+            wrapped.compile(backend="aot_eager")
+        for t in range(3):
+            x, y = part(rank, t)
+            optimizer.zero_grad()
+            (F.cross_entropy(around(x), y, reduction="sum") / TOTAL * SIZE).backward()
+            optimizer.step()
+        found[form] = theta(model)
+    return found
+
+
 def collectives(rank: int) -> dict[str, Any]:
     replicas = Replicas(dist.group.WORLD)
     mixed = [torch.tensor([1.0 + rank]), torch.tensor(2 - rank), torch.tensor([[0.5]]).double()]
@@ -223,7 +246,19 @@ def collectives(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[Any]]:
-    functions = [trained, experts, closures, eigenbases, sampled, poisoned, work, accumulated, resumed, collectives]
+    functions = [
+        trained,
+        experts,
+        closures,
+        eigenbases,
+        sampled,
+        poisoned,
+        work,
+        accumulated,
+        resumed,
+        compiled,
+        collectives,
+    ]
     return in_processes({f.__name__: f for f in functions})
 
 
@@ -301,6 +336,15 @@ def test_accumulation_without_synchronisation(found, name):
     model, _ = train(network(), None, 1, **OPTIONS[name])
     for values in found["accumulated"]:
         assert float((values[name] - theta(model)).norm()) <= 1e-9 * float((theta(model) - theta(network())).norm())
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_compiled_models_train_as_the_whole_batch_does(found, form):
+    """Also ``torch.compile(DistributedDataParallel(model))``, whose parts once drifted apart without a word."""
+    first, second = (values[form] for values in found["compiled"])
+    assert torch.equal(first, second)
+    expected = theta(train(network(), None, 3, **OPTIONS["kfac"])[0])
+    assert float((first - expected).norm()) <= 1e-8 * float((expected - theta(network())).norm())
 
 
 def test_resume_from_what_rank_0_saved(found):

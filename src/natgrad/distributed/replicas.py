@@ -39,16 +39,19 @@ class Replicas:
         Raises:
             UnsupportedError: the parameters are sharded, or the model is an ``nn.DataParallel``.
         """
-        if isinstance(model, DistributedDataParallel):
-            return model.module, Replicas(model.process_group)
-        kind = type(model).__name__
+        called: Any = model
+        while hasattr(called, "_torchdynamo_orig_callable") and isinstance(getattr(called, "_orig_mod", None), nn.Module):
+            called = called._orig_mod  # inside of what torch.compile returned
+        if isinstance(called, DistributedDataParallel):
+            return called.module, Replicas(called.process_group)
+        kind = type(called).__name__
         sharded = next((n for n, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
         if sharded is not None or kind == "FullyShardedDataParallel":
             raise UnsupportedError(
                 f"The parameters of this model are sharded over processes ({sharded or kind}), so that no process sees "
                 "a whole layer, which curvature is made of. Wrap the model in DistributedDataParallel instead."
             )
-        if isinstance(model, nn.DataParallel):
+        if isinstance(called, nn.DataParallel):
             raise UnsupportedError(
                 "nn.DataParallel runs copies of the model that cannot be observed. Use DistributedDataParallel, with "
                 "one process per device."

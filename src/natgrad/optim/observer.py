@@ -139,15 +139,25 @@ def unwrapped(output: Tensor) -> Tensor:
 class _Hook:
     """A hook that holds its observer weakly, and serves no module but the observer's own.
 
-    Copies of the model (an EMA, a target network, a pickled file) carry the hook along, without an observer.
+    Copies of the model (an EMA, a target network, a pickled file) carry the hook along, without an observer. Where the
+    call of the module itself is compiled, the compiler ends a graph at the hook, which runs between two of them.
     """
 
     def __init__(self, observer: Observer | None, when: str) -> None:
         self._observer, self._when = None if observer is None else weakref.ref(observer), when
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            self.run(module, args, kwargs, output)
+        elif self._observer is not None and torch.is_grad_enabled() and module.training:
+            from natgrad.optim.between_graphs import run  # there is a compiler; to import it costs a second
+
+            run(self, module, args, kwargs, output)
+
+    def run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, compiled: bool = False
+    ) -> None:
+        """Tell the observer; ``compiled``: the layers that run between the hooks are in a graph."""
         observer = None if self._observer is None else self._observer()
         if observer is None:
             return
@@ -156,7 +166,7 @@ class _Hook:
                 observer._link(output)
         elif module is observer.model:
             if self._when == "before":
-                observer._start(module, args, kwargs)
+                observer._start(module, args, kwargs, compiled)
             else:
                 observer._finish(output)
 
@@ -233,14 +243,14 @@ class Observer:
             and not torch.compiler.is_compiling()
         )
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
         self._depth += 1
         if self._depth > 1 or not self._watching(module):
             return
         self._pass = Pass.begin(module, args, kwargs)
         self._due = self.is_due()
         # No layer's hook fires inside a compiled graph, and one that is traced into it would only be compiled again.
-        self._recorder = Recorder(module) if self._due and not is_compiled(module) else None
+        self._recorder = Recorder(module) if self._due and not (compiled or is_compiled(module)) else None
 
     def _finish(self, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
