@@ -77,7 +77,7 @@ class Observation:
         self.source, self._life = weakref.ref(output), weakref.ref(life)
         self.output = moved(output.detach(), self.axes)
 
-        def reached(gradient: Tensor, life: _Life = life) -> None:
+        def reached(gradient: Tensor | None, life: _Life = life) -> None:
             seen = state()
             if seen is not None and not seen._own:
                 seen.reached = True
@@ -327,8 +327,8 @@ class Observer:
             "that model(...) returned, in training mode, before the next step."
         )
 
-    def _gradient(self, observation: Observation, gradient: Tensor) -> None:
-        if self.on_gradient is not None:
+    def _gradient(self, observation: Observation, gradient: Tensor | None) -> None:
+        if self.on_gradient is not None and gradient is not None:  # a compiled graph may hold the loss as well
             self.on_gradient(moved(gradient, observation.axes))
             self.on_gradient = None
 
