@@ -161,12 +161,12 @@ def test_more_steps_extend_a_finished_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"environment": "CartPole-v0"}, "environment .*there 'CartPole-v1', here 'CartPole-v0'"),
-        ({"algorithm": rl.TRPO(max_kl=0.02)}, "algorithm"),
-        ({"algorithm": rl.NPG()}, "algorithm"),
-        ({"setup": rl.Setup(environments=2, horizon=16, hidden=(8,), gamma=0.9)}, "setup"),
-        ({"setup": rl.Setup(environments=2, horizon=16, hidden=(9,))}, "setup"),
-        ({"seed": 1}, "seed"),
+        ({"environment": "CartPole-v0"}, "environment is 'CartPole-v1' there and 'CartPole-v0' here"),
+        ({"algorithm": rl.TRPO(max_kl=0.02)}, "algorithm is"),
+        ({"algorithm": rl.NPG()}, "algorithm is"),
+        ({"setup": rl.Setup(environments=2, horizon=16, hidden=(8,), gamma=0.9)}, "gamma is 0.99 there and 0.9 here"),
+        ({"setup": rl.Setup(environments=2, horizon=16, hidden=(9,))}, "hidden is"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:gymnasium.*", "ignore:.*out of date:UserWarning")
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     given |= change
     networks = rl.build(4, rl.head_for(spaces.Discrete(2)), hidden=given["setup"].hidden)
     weights = {name: value.clone() for name, value in networks[0].state_dict().items()}
-    with pytest.raises(SnapshotError, match=f"is of another run: it differs in {named}.*Name another folder"):
+    with pytest.raises(SnapshotError, match=f"is of another run: {named}.*Name another folder"):
         rl.Training(**given, networks=networks)
     assert same_bits(dict(networks[0].state_dict()), weights)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before

@@ -111,7 +111,7 @@ class PPOLearner:
                     going = refused == 0.0
                     steps += going
                 self._critic_step(part, targets[index])
-        metrics = {"steps": float(steps), "kl_refused": refused, "accepted": float(steps > 0)}
+        metrics = {"minibatch_steps": float(steps), "kl_refused": refused, "accepted": float(steps > 0)}
         if self.settings.clip is not None:
             metrics["clipped"] = float(torch.stack(clipped).mean())
         return metrics | self._adapt(samples, old)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from natgrad.checkpoint import load, save
-from natgrad.errors import ArgumentError, EnvironmentFault, NonFiniteError, SnapshotError
+from natgrad.errors import ArgumentError, EnvironmentFault, NonFiniteError
+from natgrad.rl import checkpoint
 from natgrad.rl.algorithm import Algorithm, Setup
 from natgrad.rl.environments import EnvironmentLike, Environments, Mode, make
 from natgrad.rl.objective import behaviour, entropy, explained_variance, mean_kl, surrogate
@@ -119,12 +115,12 @@ class Training:
         self.history: list[Record] = []
         self.taken = self.episodes = 0
         self.recent: list[tuple[float, int]] = []
-        self._seconds, self._since = 0.0, time.perf_counter()
+        self.earlier, self._since = 0.0, time.perf_counter()
         self.resumed: bool | None = None
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                self._resume(self.path)
+                checkpoint.resume(self, self.path)
 
     def _networks(self) -> tuple[Policy, Critic]:
         setup, vector = self.setup, self.environments.vector
@@ -161,6 +157,11 @@ class Training:
                 f"{policy.head} gives actions such as {action!r}, but those of {environments.name} are {space}. Take "
                 "the head that natgrad.rl.head_for(env.action_space) gives."
             )
+
+    @property
+    def seconds(self) -> float:
+        """Time of training so far, also that before an interruption (``earlier``)."""
+        return self.earlier + time.perf_counter() - self._since
 
     @property
     def modules(self) -> nn.ModuleDict:
@@ -266,7 +267,7 @@ class Training:
             "kl_normaliser": float(mean_kl(policy, new, policy(*samples.inputs))),
             "entropy": float(entropy(policy, new)),
             "surrogate": float(gain - before),
-            "seconds": self._seconds + time.perf_counter() - self._since,
+            "seconds": self.seconds,
         }
         return metrics | values
 
@@ -276,60 +277,4 @@ class Training:
         """Write the checkpoint: all that a resumed run needs to go on bit for bit."""
         if self.path is None:
             raise ArgumentError("This training has no folder; give folder=... to keep checkpoints.")
-        noise = None if self.collector.noise is None else self.collector.noise.z
-        memory = [self.collector.memory, self.collector.critic_memory, noise]
-        save(
-            self.path,
-            self.modules,
-            self.learner,
-            run=self._identity(),
-            history=self.history,
-            environments=self.environments.state_dict(),
-            generator=self.generator.get_state(),
-            memory=memory,
-            recent=[list(pair) for pair in self.recent],
-            taken=self.taken,
-            episodes=self.episodes,
-            seconds=self._seconds + time.perf_counter() - self._since,
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on as the same run."""
-        setup = asdict(self.setup) | {"hidden": list(self.setup.hidden)}
-        return {
-            "algorithm": re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm)),
-            "setup": setup,
-            "seed": self.seed,
-            "environment": self.environments.name,
-        }
-
-    def _resume(self, path: Path) -> None:
-        extras = load(path)
-        if "run" not in extras or "environments" not in extras:
-            raise SnapshotError(f"{path} is no checkpoint of natgrad.rl. Name another folder, or move it away.")
-        ours, theirs = self._identity(), extras["run"]
-        different = [name for name in ours if ours[name] != theirs.get(name)]
-        if different:
-            raise SnapshotError(
-                f"{path} is of another run: it differs in {', '.join(different)} (there {theirs[different[0]]!r}, here "
-                f"{ours[different[0]]!r}). Name another folder, or delete it."
-            )
-        load(path, self.modules, self.learner)
-        self.history, self.taken, self.episodes = extras["history"], extras["taken"], extras["episodes"]
-        self.recent = [(pair[0], pair[1]) for pair in extras["recent"]]
-        self.generator.set_state(extras["generator"])
-        self._seconds = extras["seconds"]
-        self.resumed = self.environments.load_state_dict(extras["environments"])
-        if not self.resumed:
-            warnings.warn(
-                f"{self.environments.name} could not be brought back to the states of the checkpoint: it is not "
-                "deterministic given seed and actions, or resets itself. Training goes on with new episodes, and is "
-                "not the run that an uninterrupted one would have been.",
-                UserWarning,
-                stacklevel=4,
-            )
-        device = next(self.policy.parameters()).device
-        memory = [None if m is None else m.to(device) for m in extras["memory"]]
-        self.collector.memory, self.collector.critic_memory, noise = memory
-        if self.collector.noise is not None and noise is not None:
-            self.collector.noise.z = noise
+        checkpoint.write(self, self.path)
