@@ -145,8 +145,14 @@ def test_jacobian_products_through_activation_checkpointing():
     model, x = Checkpointed(False).double(), torch.randn(4, 3).double()
     plain = nn.Sequential(model.stem, model.body)
     u = torch.ones(4, 3).double()
-    checkpointed = Linearization(Pass(model, (x,), {})).vjp(u)
-    for ours, theirs in zip(checkpointed.values(), Linearization(Pass(plain, (x,), {})).vjp(u).values(), strict=True):
-        assert_close(ours, theirs, 1e-12)
-    with pytest.raises(UnsupportedError, match="use_reentrant=False"):
-        Linearization(Pass(Checkpointed(True).double(), (x,), {}))
+    for reentrant in (False, True):
+        model.reentrant = reentrant
+        ours, theirs = (Linearization(Pass(m, (x,), {})) for m in (model, plain))
+        pairs = zip(ours.vjp(u).values(), theirs.vjp(u).values(), strict=True)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in pairs)
+        assert_close(ours.jvp(model_directions(model)), theirs.jvp(model_directions(plain)), 1e-12)
+    assert torch.utils.checkpoint.CheckpointFunction.__name__ == "CheckpointFunction"  # put back
+
+
+def model_directions(model):
+    return {name: torch.cos(p.detach()) for name, p in model.named_parameters()}

@@ -1,5 +1,6 @@
 """A module as a differentiable map: partition, layer rules, tape, Jacobian rows. Knows nothing of likelihoods."""
 
+from natgrad.network.checkpointing import is_reentrant
 from natgrad.network.coverage import (
     misaligned_parameters,
     mixing_parameters,
@@ -67,6 +68,7 @@ __all__ = [
     "fresh_casts",
     "full_precision",
     "is_compiled",
+    "is_reentrant",
     "is_replaying",
     "misaligned_parameters",
     "mixing_parameters",

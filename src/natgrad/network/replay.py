@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from natgrad.errors import StaleTapeError, UnsupportedError
+from natgrad.network.checkpointing import never_reentrant
 from natgrad.network.partition import trainable_parameters
 from natgrad.network.tape import Tape, as_arguments, clearer, output_tensor, recording
 
@@ -125,7 +126,7 @@ class Pass:
         device = next(self.model.parameters()).device
         token = _replaying.set(True)
         try:
-            with self._conditions(device), _eager():
+            with self._conditions(device), _eager(), never_reentrant():
                 output = functional_call(self.model, {**buffers, **(parameters or {})}, self.args, dict(self.kwargs))
         finally:
             _replaying.reset(token)

@@ -39,11 +39,13 @@ class Tape:
         model: the network (weakly held).
         uses: calls of each supported layer, by qualified module name, in order.
         output: the network's output ``[N, *positions, C]``, set when the pass ends.
+        hidden: whether a layer was called without a graph, of which there is nothing here.
     """
 
     _model: weakref.ref[nn.Module]
     uses: dict[str, list[LayerUse]] = field(default_factory=dict)
     output: Tensor | None = None
+    hidden: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -159,9 +161,9 @@ def clearer(error: RuntimeError) -> Exception:
     """What went wrong in a backward pass of natgrad's own, in the user's terms where the cause is known."""
     if "checkpoint" in str(error).lower():
         return UnsupportedError(
-            "The forward pass uses activation checkpointing that allows no backward pass but the loss's own: it is "
-            "reentrant, or it wraps the whole model. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
-            "on parts of the model."
+            "The forward pass uses activation checkpointing that allows no backward pass but the loss's own: it wraps "
+            "the whole model, or is reentrant around parts without any layer that natgrad knows. Use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) on parts of the model."
         )
     if "second time" in str(error) or "modified by an inplace" in str(error):
         return StaleTapeError(
@@ -191,6 +193,7 @@ class Recorder:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if torch.compiler.is_compiling():
                 return  # traced into a graph: there is nothing to watch; the coverage check names what was not seen
+            tape.hidden = tape.hidden or not torch.is_grad_enabled()
             if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
                 return
             x = args[0] if args else kwargs.get("input")

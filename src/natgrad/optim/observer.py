@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from natgrad.errors import ArgumentError, StaleTapeError
 from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
-from natgrad.network import Pass, Recorder, Tape, is_compiled, is_replaying, output_tensor
+from natgrad.network import Pass, Recorder, Tape, is_compiled, is_reentrant, is_replaying, output_tensor
 from natgrad.optim.axes import Axes, in_order, inverse, moved, moved_axes
 
 
@@ -30,7 +30,8 @@ class Observation:
 
     Attributes:
         due: whether statistics are to be taken of it; no longer once they are.
-        tape: what the layers saw; None where none is due, or where the pass ran compiled and must be run again for it.
+        tape: what the layers saw; None where none is due, or where the pass must be run again for it because it
+            ran compiled or with reentrant activation checkpointing.
         observed: how to run the pass again.
         leaves: weak references to the tensors that the model returned, None for what is not a tensor.
         source: weak reference to the tensor that the likelihood reads; None until it is known.
@@ -290,6 +291,8 @@ class Observer:
                 f"The batch is empty: the model's output has shape {tuple(output.shape)}. Skip empty batches."
             )
         if output.requires_grad:
+            if observation.tape is not None and observation.tape.hidden and is_reentrant(output):
+                observation.tape = None
             observation.complete(output, weakref.WeakMethod(self._gradient))
             self.on_pass(observation, moved(output, observation.axes))
 
