@@ -195,6 +195,48 @@ def test_closures_that_return_something_else_are_clear_errors(result, message):
     assert torch.equal(flat(model), start)
 
 
+@pytest.mark.parametrize("kind", [ng.KFAC, ng.TrustRegionNGD, ng.NGD])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    "result",
+    [lambda loss, f: loss, lambda loss, f: [loss, f], lambda loss, f: {"loss": loss, "output": f}],
+    ids=["loss", "list", "dict"],
+)
+def test_a_closure_that_forgets_the_backward_pass_is_an_error(result, set_to_none, kind):
+    model, (x, y) = make(), batch()
+    optimizer = kind(model, ng.Categorical())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    start = flat(model)
+
+    def closure():
+        optimizer.zero_grad(set_to_none)
+        output = model(x)
+        return result(F.cross_entropy(output, y), output)
+
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="no backward pass has reached the model"):
+            optimizer.step(closure)
+    assert torch.equal(flat(model), start)
+
+
+def test_a_closure_may_skip_its_batch_or_have_zero_gradients():
+    model, (x, y) = make(), batch()
+    optimizer = ng.KFAC(model, ng.Categorical())
+    start = flat(model)
+    assert optimizer.step(lambda: None) is None
+    assert optimizer.step(lambda: model(x).sum().detach()) is not None
+
+    def closure():
+        loss = 0.0 * F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(lambda: [closure()])
+    assert torch.equal(flat(model), start)
+
+
 def test_a_torch_closure_may_return_anything():
     model, (x, y) = make(), batch()
     optimizer = ng.KFAC(model, ng.Categorical())

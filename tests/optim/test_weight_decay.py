@@ -177,6 +177,39 @@ def test_a_block_whose_parameters_decay_differently_is_inverted_exactly(structur
     assert_close(torch.cat([model.weight[0], model.bias]).detach(), expected[0], 1e-6)
 
 
+SEARCHES = [ng.LearningRate(), ng.KLClip(0.01), ng.QuadraticFit(0.1), ng.TrustRegion(0.01), ng.Armijo()]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("w", [0.0, 0.1])
+@pytest.mark.parametrize("metric", [ng.Fisher(), ng.Fisher(ng.Exact(), ng.Dense()), ng.Euclidean()], ids=str)
+def test_a_parameter_without_gradient_stays(metric, w, search):
+    """Neither its weight decay nor the momentum of its last step moves it, and its state is as it was."""
+    model = network(True)
+    momentum = 0.0 if isinstance(search, ng.QuadraticFit) else 0.9
+    options = {"lr": 0.1, "weight_decay": w, "momentum": momentum, "search": search}
+    optimizer = ng.NaturalGradient(model, ng.Categorical(), metric=metric, **options)
+    still = model[0].weight
+
+    def gradients():
+        optimizer.zero_grad()
+        f = model(X)
+        optimizer.observe(f, Y)
+        F.cross_entropy(f, Y).backward()
+
+    for _ in range(2):
+        gradients()
+        optimizer.step()
+    before, others = still.detach().clone(), model[0].bias.detach().clone()
+    state = {k: optimizer.state[still][k].clone() for k in ("momentum", "previous") if k in optimizer.state[still]}
+    gradients()
+    still.grad = None
+    optimizer.step()
+    assert optimizer.last.accepted
+    assert torch.equal(still, before) and not torch.equal(model[0].bias, others)
+    assert all(torch.equal(optimizer.state[still][k], v) for k, v in state.items())
+
+
 def test_a_rule_of_the_users_own_inverts_the_sum():
     class Own:
         needs_loss, value = False, 1e-12

@@ -42,7 +42,8 @@ def evaluate(
     """Run ``closure`` once; the backward pass too, where it returns ``(loss, output)`` or ``(loss, output, target)``.
 
     Raises:
-        ArgumentError: the closure returned what it must not, or called ``backward()`` and returned a tuple.
+        ArgumentError: the closure returned what it must not, called ``backward()`` and returned a tuple, or returned
+            something else without calling it.
     """
     if closure is None:
         return Evaluation()
@@ -51,6 +52,7 @@ def evaluate(
         result = closure()
     evaluation = parse_evaluation(result)
     if evaluation is None:
+        _check_reached(result, observer)
         return Evaluation(result)
     loss, output, target = evaluation
     if not loss.requires_grad:
@@ -84,6 +86,27 @@ def evaluate(
         return value[0], value[1]
 
     return Evaluation(loss.detach(), again, random)
+
+
+def _check_reached(result: Any, observer: Observer) -> None:
+    """Raises ArgumentError where a closure of torch's kind has plainly not called ``backward()``: nothing would happen.
+
+    A closure that returns None or a number may have skipped its batch.
+    """
+    mapped = isinstance(result, list | dict)
+    if not (mapped or (isinstance(result, Tensor) and result.requires_grad)):
+        return
+    gradients = [p.grad for p in observer.model.parameters() if p.grad is not None]
+    if any(o.used for o in observer.observations) or any(bool(g.any()) for g in gradients):
+        return
+    if gradients and not observer.observations:
+        return  # a backward pass that gave zeros
+    what = f"a {type(result).__name__}" if mapped else "a loss that still has its graph"
+    raise ArgumentError(
+        f"The closure returned {what}, and no backward pass has reached the model, so that there is no gradient. "
+        "Return a tuple (loss, output) or (loss, output, target), for which step() runs the backward pass itself; or "
+        "call loss.backward() in the closure and return the loss."
+    )
 
 
 def parse_evaluation(result: Any) -> tuple[Tensor, Tensor, Target | None] | None:

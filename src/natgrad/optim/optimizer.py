@@ -52,7 +52,7 @@ from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shri
 from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
-from natgrad.step.local import joined, largest, rejected
+from natgrad.step.local import explained, joined, largest, rejected
 
 Parameters = nn.Module | Iterable[Any]
 _COPIED = (
@@ -368,7 +368,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 raise
             self.last = _skipped(self._damping)
             return
-        self._apply(step, direction)
+        self._apply(step, direction, gradients)
         self._steps += 1
         self._count()
 
@@ -601,7 +601,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 {name: curvature.inverses[name] for name in members},
                 next(iter(dampings.values())).value,
                 loss=loss if isinstance(loss, Tensor) else None,
-                previous=self._previous(partition, vectors, parameters),
+                previous=self._previous(partition, vectors, {n: parameters[n] for n in gradients}),
                 block_damping={name: dampings[name].amount(curvature.operators[name]) for name in members},
                 penalty=penalty,
             )
@@ -653,12 +653,13 @@ class NaturalGradient(torch.optim.Optimizer):
             group["damping"] = damping_of(group, self._damping).update(step).value
         self._damping = self._damping.update(step)
 
-    def _apply(self, step: Step, direction: BlockVector) -> None:
+    def _apply(self, step: Step, direction: BlockVector, gradients: dict[str, Tensor]) -> None:
         assert self._curvature is not None
         parameters, groups, partition = self._named(), self._groups(), self._curvature.partition
         keep = isinstance(self._search, QuadraticFit)
         if step.delta is not None:
-            change = partition.unpack(step.delta)
+            # A parameter without gradient stays, whatever its block, its weight decay or its last step say.
+            change = {n: d for n, d in partition.unpack(step.delta).items() if n in gradients}
             fits = _fits(parameters, change, step.delta)
             if isinstance(step.accepted, Tensor):
                 step = replace(step, accepted=step.accepted & fits)
@@ -671,14 +672,15 @@ class NaturalGradient(torch.optim.Optimizer):
                     shrink(parameters[name], groups[name], accepted)
             if isinstance(self._metric, Euclidean) and isinstance(self._search, LearningRate):
                 # One fused multiply-add, as torch.optim.SGD does it: the same bits.
-                for name, d in partition.unpack(direction).items():
+                found = partition.unpack(direction)
+                for name, d in ((name, found[name]) for name in change):
                     parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(groups[name]["lr"]))
                 change = {}
             for name, delta in change.items():
                 parameters[name].add_(torch.where(accepted, delta, 0.0).to(parameters[name].dtype))
                 if keep:
                     self.state[parameters[name]]["previous"] = delta
-        self.last = replace(step, delta=None)
+        self.last = explained(replace(step, delta=None))
 
     # Reports
 

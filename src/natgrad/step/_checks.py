@@ -9,6 +9,11 @@ from torch import Tensor
 
 from natgrad.errors import ArgumentError
 
+NAN_RATE = (
+    "lr is nan. A scheduler that multiplies lr = inf by 0, as a warmup from 0 does, gives nan: schedule a finite lr, "
+    "or let the factor start above 0."
+)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -42,7 +47,9 @@ def learning_rate(owner: str, lr: float | Tensor, *, infinite: bool) -> None:
     """
     if isinstance(lr, Tensor):
         return
-    if not _is_number(lr) or math.isnan(lr) or lr < 0:
+    if _is_number(lr) and math.isnan(lr):
+        raise ArgumentError(f"{owner}: {NAN_RATE}")
+    if not _is_number(lr) or lr < 0:
         raise ArgumentError(f"{owner}: lr is {lr!r}. It must be a number of at least 0.")
     if math.isinf(lr) and not infinite:
         raise ArgumentError(

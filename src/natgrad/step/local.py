@@ -264,7 +264,8 @@ class Step:
             and with ``maximize`` it is the negative loss. None where not measured.
         backtracks: how often the step was shortened.
         damping: λ at this step.
-        reason: why the step was rejected, for people; empty where it was accepted or where nobody waited to know.
+        reason: why the step was rejected, for people; empty where it was accepted, or where knowing it would mean to
+            wait for the device.
     """
 
     delta: BlockVector | None
@@ -328,6 +329,16 @@ def _both(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
 
 def _total(a: Scalar | None, b: Scalar | None) -> Scalar | None:
     return None if a is None or b is None else a + b
+
+
+def explained(step: Step) -> Step:
+    """``step`` with the reason why it was rejected, where that is known without waiting for a device."""
+    if step.reason or not isinstance(step.accepted, Tensor) or step.accepted.device.type != "cpu" or step.accepted:
+        return step
+    predicted = step.kl_predicted
+    unknown = predicted is not None and math.isnan(predicted)
+    what = "the direction, the gradient or the metric" if unknown else "the step, or its sum with the parameters,"
+    return replace(step, reason=f"{what} is not finite")
 
 
 def rejected(damping: float, reason: str, *, tried: bool, backtracks: int = 0, predicted: float = 0.0) -> Step:

@@ -52,7 +52,9 @@ class QuadraticFit:
         basis, scale = _basis(local, direction)
         numbers = _numbers(local, basis, scale, probe)
         s = float(lr)
-        if numbers is None or math.isnan(s):
+        if math.isnan(s):
+            return rejected(local.damping, _checks.NAN_RATE, tried=False)
+        if numbers is None:
             return not_finite(local)
         fisher, penalty, damped, slope, size = numbers
         eps = max(torch.finfo(v.dtype).eps for v in direction.values())

@@ -56,7 +56,9 @@ class TrustRegion:
         probe = need_probe("TrustRegion", probe)
         ray = local.ray(direction)
         numbers = ray.floats()
-        if numbers is None or math.isnan(float(lr)):
+        if math.isnan(float(lr)):
+            return rejected(local.damping, _checks.NAN_RATE, tried=False)
+        if numbers is None:
             return not_finite(local)
         scale, slope, curvature, _ = numbers
         bound = float(ray.bound)
