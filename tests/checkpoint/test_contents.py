@@ -423,3 +423,13 @@ def test_a_guard_around_an_optimizer(tmp_path):
     train(model, guard, range(3, 5))
     train(other, resumed, range(3, 5))
     assert bits(model[0].weight) == bits(other[0].weight)
+
+
+@pytest.mark.parametrize("use", [ng.save, ng.load], ids=["save", "load"])
+def test_model_and_optimizer_exchanged_are_told_their_order(use, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    for given in ((optimizer, model), (None, model), (model.state_dict(), optimizer)):
+        with pytest.raises(ArgumentError, match=r"the order is \(path, model, optimizer\)"):
+            use(tmp_path / "run", *given)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import natgrad as ng
-from natgrad.errors import ArgumentError, NatgradError, NonFiniteError, ShapeError, UnsupportedError
+from natgrad.errors import ArgumentError, NatgradError, NonFiniteError, NotObservedError, ShapeError, UnsupportedError
 
 MODEL = make()
 
@@ -287,3 +287,29 @@ def test_curvature_of_a_batch_that_is_not_finite_is_an_error(metric):
 def test_errors_of_one_kind():
     """Whoever catches NatgradError catches all; argument errors are ValueErrors too."""
     assert issubclass(ArgumentError, NatgradError) and issubclass(ArgumentError, ValueError)
+
+
+def test_what_needs_a_module_says_so():
+    model, (x, y) = make(), batch()
+    optimizer = ng.KFAC(model.parameters(), ng.Categorical())
+    F.cross_entropy(model(x), y).backward()
+    for use in (optimizer.precondition_, optimizer.step):
+        with pytest.raises(NotObservedError, match=r"made from parameters.*attach\(model\)"):
+            use()
+    with pytest.raises(ArgumentError, match="model is of type int"):
+        optimizer.attach(3)
+    optimizer.attach(model).detach()
+    for use in (optimizer.precondition_, optimizer.step, lambda: optimizer.observe(model(x))):
+        with pytest.raises(NotObservedError, match=r"detach\(\) has been called.*attach\(model\)"):
+            use()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_of_the_model_is_not_observed():
+    model, (x, y) = make(), batch()
+    optimizer = ng.KFAC(model, ng.Categorical())
+    traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()

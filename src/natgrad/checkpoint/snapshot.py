@@ -42,9 +42,10 @@ def save(path: str | os.PathLike[str], model: nn.Module | None = None, optimizer
 
     Raises:
         SnapshotError: the file could not be written; the one that was there before still is.
-        ArgumentError: a value that a snapshot cannot hold; the message says where.
+        ArgumentError: a value that a snapshot cannot hold; the message says where. Or model and optimizer exchanged.
         MissingExtraError: without the ``checkpoint`` extra.
     """
+    _check_order(model, optimizer)
     target, packer = _resolved(path), Packer()
     content = {
         "model": None if model is None else _packed_model(model, packer),
@@ -81,6 +82,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, optimizer
         SnapshotError: there is no intact snapshot, or it is of another model or optimizer. Nothing was changed.
         MissingExtraError: without the ``checkpoint`` extra.
     """
+    _check_order(model, optimizer)
     tensors, text = _newest(_resolved(path))
     try:
         content = json.loads(text)
@@ -104,6 +106,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, optimizer
         if weights is not None and model is not None:
             into.model(weights)
     return extras
+
+
+def _check_order(model: Any, optimizer: Any) -> None:
+    """Raises ArgumentError where each stands in the other's place, or the model is none."""
+    if isinstance(optimizer, nn.Module) or not (model is None or isinstance(model, nn.Module)):
+        raise ArgumentError(
+            f"model is of type {type(model).__name__} and optimizer of type {type(optimizer).__name__}; the order is "
+            "(path, model, optimizer), and model is a torch.nn.Module."
+        )
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:

@@ -61,6 +61,14 @@ def check_real(parameters: Iterable[tuple[str | int, Tensor]]) -> None:
             )
 
 
+def check_module(model: object) -> None:
+    """Raises ArgumentError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model is of type {type(model).__name__}; attach() takes the torch.nn.Module whose passes are observed."
+        )
+
+
 def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Raises ArgumentError unless all ``parameters`` are those of ``model``."""
     known = {id(p) for p in model.parameters()}

@@ -25,6 +25,7 @@ from natgrad.optim.checks import (
     check_arguments,
     check_likelihood,
     check_members,
+    check_module,
     check_parameters,
     check_parts,
     check_real,
@@ -177,8 +178,9 @@ class NaturalGradient(torch.optim.Optimizer):
         module that holds the same parameters.
 
         Raises:
-            ArgumentError: a parameter of the groups does not belong to ``model``.
+            ArgumentError: ``model`` is no module, or a parameter of the groups does not belong to it.
         """
+        check_module(model)
         inner, replicas = Replicas.of(model)
         check_members(inner, (p for group in self.param_groups for p in group["params"]))
         check_places(self._placed, self.param_groups, inner)
@@ -201,6 +203,11 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @property
     def _network(self) -> nn.Module:
+        if self._model is None and hasattr(self, "_observer"):
+            raise NotObservedError(
+                "detach() has been called, so no module is observed, and curvature comes from its passes. Call "
+                "optimizer.attach(model) to go on."
+            )
         if self._model is None:
             raise NotObservedError(
                 "This optimizer was made from parameters and does not know their module, so it cannot observe the "
@@ -406,6 +413,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         A gradient that is not finite becomes zero.
         """
+        self._network  # noqa: B018  (an error where there is none)
         observations = self._take_observations()
         gradients = self._gradients()
         if not gradients:
