@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
+from natgrad.network import Partition
 from natgrad.step import Damping, LevenbergMarquardt, Search
 
 Group = dict[str, Any]
@@ -91,6 +92,17 @@ def divisions(of: Mapping[str, Group]) -> list[frozenset[str]] | None:
     if len(kinds) <= 1:
         return None
     return [frozenset(name for name, group in of.items() if group[DIVISION] == kind) for kind in kinds]
+
+
+def together(
+    partition: Partition, direction: Mapping[str, Tensor], of: Mapping[str, Group], measured: bool
+) -> list[dict[str, str]]:
+    """Blocks whose steps are found together, each with one of its parameters: all where the step is ``measured``."""
+    first = {b.name: b.parameters[0] for b in partition.blocks if b.name in direction}
+    if measured:
+        return [first]
+    kinds = sorted({of[name][DIVISION] for name in first.values()})
+    return [{b: n for b, n in first.items() if of[n][DIVISION] == kind} for kind in kinds]
 
 
 def reference_rate(groups: Sequence[Group]) -> float | Tensor:

@@ -1,15 +1,25 @@
-"""Momentum: a running sum of gradients, taken before they are preconditioned."""
+"""Momentum: a running sum of gradients, taken before they are preconditioned; or the step before, where fitted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_KEY = "momentum"
+from natgrad.network import BlockVector, Partition
+from natgrad.optim.groups import Group
+from natgrad.step import QuadraticFit, Search
+
+_KEY, _STEP = "momentum", "previous"
+
+
+def factors(groups: Mapping[str, Group], search: Search) -> dict[str, float]:
+    """μ of each parameter; 0 where the search fits the momentum of every step, whatever a schedule cycles."""
+    fitted = isinstance(search, QuadraticFit)
+    return {name: 0.0 if fitted else group["momentum"] for name, group in groups.items()}
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,19 @@ class Momentum:
                 slot = self.state[self.parameters[name]]
                 slot[_KEY] = torch.where(finite, m, slot.get(_KEY, torch.zeros_like(m)))
 
-    def prime(self, gradients: Mapping[str, Tensor]) -> None:
-        """Lay out the buffers at zero."""
+    def previous(self, partition: Partition, direction: BlockVector, names: Collection[str]) -> BlockVector | None:
+        """The step before, of the parameters called ``names`` in the blocks of ``direction``; None for the first."""
+        own = {n: self.state[p] for n, p in self.parameters.items() if n in names}
+        found = {n: slot[_STEP] for n, slot in own.items() if _STEP in slot}
+        if not found:
+            return None
+        vectors = partition.pack_present(found)
+        return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
+
+    def prime(self, gradients: Mapping[str, Tensor], fitted: bool) -> None:
+        """Lay out the buffers at zero; where momentum is ``fitted``, the step before."""
         for name, g in gradients.items():
+            if fitted:
+                self.state[self.parameters[name]][_STEP] = torch.zeros_like(g)
             if self.factors[name]:
                 self.state[self.parameters[name]][_KEY] = torch.zeros_like(g)

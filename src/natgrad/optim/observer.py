@@ -242,7 +242,7 @@ class Observer:
             and not is_replaying()
             and _functorch.peek_interpreter_stack() is None
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         )
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:

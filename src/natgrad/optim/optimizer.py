@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from natgrad.optim.checks import (
 from natgrad.optim.closures import Closure, Evaluation, evaluate
 from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
+from natgrad.optim.finite import all_finite, clear_unless_finite, fits, skipped
 from natgrad.optim.groups import (
     OPTIONS,
     Group,
@@ -45,15 +45,16 @@ from natgrad.optim.groups import (
     reference_rate,
     search_of,
     set_division,
+    together,
 )
 from natgrad.optim.loading import check_places, matched, names_in
-from natgrad.optim.momentum import Momentum
+from natgrad.optim.momentum import Momentum, factors
 from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
 from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
-from natgrad.step.local import explained, joined, largest, rejected
+from natgrad.step.local import explained, joined, rejected
 
 Parameters = nn.Module | Iterable[Any]
 _COPIED = (
@@ -371,9 +372,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 curvature = self._update_curvature(observations, gradients, in_loss(self._search, self._groups()))
                 step, direction = self._search_step(curvature, gradients, observations, evaluation)
         except (ConvergenceError, NonFiniteError):
-            if bool(_all_finite(gradients)):
+            if bool(all_finite(gradients)):
                 raise
-            self.last = _skipped(self._damping)
+            self.last = skipped(self._damping)
             return
         self._apply(step, direction, gradients)
         self._steps += 1
@@ -401,10 +402,7 @@ class NaturalGradient(torch.optim.Optimizer):
             decay = in_loss(self._search, self._groups())
             curvature.prime(empty, self._dampings(curvature.partition, decay), self._solver)
         parameters = self._named()
-        Momentum(self.state, parameters, self._momenta(self._groups())).prime(gradients)
-        if isinstance(self._search, QuadraticFit):
-            for name, g in gradients.items():
-                self.state[parameters[name]]["previous"] = torch.zeros_like(g)
+        Momentum(self.state, parameters, factors(self._groups(), self._search)).prime(gradients, self._fitted)
         self._count()
 
     @torch.no_grad()
@@ -419,18 +417,18 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients:
             return
         if not self._ready(observations, gradients):
-            _clear_unless_finite(gradients)
+            clear_unless_finite(gradients)
             return
         try:
             with full_precision(self._device):
                 curvature = self._update_curvature(observations, gradients, {})
                 direction = preconditioned(curvature, gradients)
         except (ConvergenceError, NonFiniteError):
-            if bool(_all_finite(gradients)):
+            if bool(all_finite(gradients)):
                 raise
-            _clear_unless_finite(gradients)
+            clear_unless_finite(gradients)
             return
-        finite = _all_finite(direction)
+        finite = all_finite(direction)
         for name, value in curvature.partition.unpack(direction).items():
             if name in gradients:
                 gradients[name].copy_(torch.where(finite, value, 0.0))
@@ -466,11 +464,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _ready(self, observations: list[Observation], gradients: dict[str, Tensor]) -> bool:
         """Whether a step can be taken: none for zero gradients without any observation, none where all is NaN."""
         needed = self._statistics_due() or self._needs_probe() or self._metric.replayed
-        skipped, absent = bool(observations) and all(o.skipped for o in observations), not observations
+        poisoned, absent = bool(observations) and all(o.skipped for o in observations), not observations
         if needed:
-            skipped, absent = self._replicas.any(skipped, absent)
-        if skipped:
-            self.last = _skipped(self._damping)
+            poisoned, absent = self._replicas.any(poisoned, absent)
+        if poisoned:
+            self.last = skipped(self._damping)
             return False
         if not needed or not absent or (not self._metric.needs_observation and not self._needs_probe()):
             return True
@@ -534,7 +532,7 @@ class NaturalGradient(torch.optim.Optimizer):
             curvature = self._curvature_for(self._partition())
         if self._statistics_due() and observations:
             statistics = self._statistics(observations, curvature.partition)
-            curvature.update(self._whole(statistics), _all_finite(gradients))
+            curvature.update(self._whole(statistics), all_finite(gradients))
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._dampings(curvature.partition, decay), self._solver)
@@ -563,6 +561,11 @@ class NaturalGradient(torch.optim.Optimizer):
         assert total is not None
         return total
 
+    @property
+    def _fitted(self) -> bool:
+        """Whether the search fits the momentum of every step, and so needs the step before."""
+        return isinstance(self._search, QuadraticFit)
+
     def _needs_probe(self) -> bool:
         return self._search.needs_probe or self._damping.needs_loss
 
@@ -578,7 +581,7 @@ class NaturalGradient(torch.optim.Optimizer):
         gradients = {n: -g if groups[n]["maximize"] else g for n, g in gradients.items()}
         decay = in_loss(self._search, groups)
         gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
-        momentum = Momentum(self.state, parameters, self._momenta(groups))
+        momentum, fitted = Momentum(self.state, parameters, factors(groups, self._search)), self._fitted
         averaged = momentum.averaged(gradients)
         direction = preconditioned(curvature, averaged)
         gradient = partition.pack_present(gradients)
@@ -598,7 +601,10 @@ class NaturalGradient(torch.optim.Optimizer):
                 )
         penalty = curvature_of_penalty(partition, decay, parameters, curvature.operators)
         steps = []
-        for members in self._together(partition, direction, groups):
+        measured = self._needs_probe()
+        if measured and hasattr(self._search, "max_kl"):
+            common(self.param_groups, "max_kl", "one KL is measured for the whole step. Give them one radius.")
+        for members in together(partition, direction, groups, measured):
             vectors = {name: direction[name] for name in members}
             of = [groups[n] for block in partition.blocks if block.name in members for n in block.parameters]
             dampings = {name: damping_of(groups[members[name]], self._damping) for name in members}
@@ -609,7 +615,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 {name: curvature.inverses[name] for name in members},
                 next(iter(dampings.values())).value,
                 loss=loss if isinstance(loss, Tensor) else None,
-                previous=self._previous(partition, vectors, {n: parameters[n] for n in gradients}),
+                previous=momentum.previous(partition, vectors, set(gradients)) if fitted else None,
                 block_damping={name: dampings[name].amount(curvature.operators[name]) for name in members},
                 penalty=penalty,
             )
@@ -617,43 +623,17 @@ class NaturalGradient(torch.optim.Optimizer):
             steps.append(search(local, at_rates(partition, vectors, groups, reference), reference, probe))
         step = joined(steps)
         if step.delta is not None:
-            momentum.keep(averaged, _all_finite(averaged))  # a rejected step leaves no trace in it
+            momentum.keep(averaged, all_finite(averaged))  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
             if step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
-            if bool(_all_finite(gradients)):  # a poisoned batch says nothing about λ
+            if bool(all_finite(gradients)):  # a poisoned batch says nothing about λ
                 self._adapt_damping(step)
         return step, direction
-
-    def _together(self, partition: Partition, direction: BlockVector, groups: dict[str, Group]) -> list[dict[str, str]]:
-        """Blocks whose steps are found together, each with one of its parameters: all where the search measures."""
-        first = {b.name: b.parameters[0] for b in partition.blocks if b.name in direction}
-        if self._search.needs_probe or self._damping.needs_loss:
-            if hasattr(self._search, "max_kl"):
-                common(self.param_groups, "max_kl", "one KL is measured for the whole step. Give them one radius.")
-            return [first]
-        kinds = sorted({groups[name][checkpoint.DIVISION] for name in first.values()})
-        return [{b: n for b, n in first.items() if groups[n][checkpoint.DIVISION] == kind} for kind in kinds]
 
     def _curvature_of_loss(self, operator: LinearOperator, group: Group) -> LinearOperator:
         """The curvature of what is minimised: of −loss where it is maximised, if the metric is that of the loss."""
         return -1.0 * operator if group["maximize"] and isinstance(self._metric, Hessian) else operator
-
-    def _momenta(self, groups: dict[str, Group]) -> dict[str, float]:
-        # QuadraticFit fits the momentum of every step; what a scheduler cycles in the group is not added to it.
-        fitted = isinstance(self._search, QuadraticFit)
-        return {name: 0.0 if fitted else group["momentum"] for name, group in groups.items()}
-
-    def _previous(
-        self, partition: Partition, direction: BlockVector, parameters: dict[str, nn.Parameter]
-    ) -> BlockVector | None:
-        if not isinstance(self._search, QuadraticFit):
-            return None
-        found = {n: self.state[p]["previous"] for n, p in parameters.items() if "previous" in self.state[p]}
-        if not found:
-            return None
-        vectors = partition.pack_present(found)
-        return {name: vectors.get(name, torch.zeros_like(d)) for name, d in direction.items()}
 
     def _adapt_damping(self, step: Step) -> None:
         """Let the rule judge the step; every group's λ follows it."""
@@ -664,14 +644,14 @@ class NaturalGradient(torch.optim.Optimizer):
     def _apply(self, step: Step, direction: BlockVector, gradients: dict[str, Tensor]) -> None:
         assert self._curvature is not None
         parameters, groups, partition = self._named(), self._groups(), self._curvature.partition
-        keep = isinstance(self._search, QuadraticFit)
+        keep = self._fitted
         if step.delta is not None:
             # A parameter without gradient stays, whatever its block, its weight decay or its last step say.
             change = {n: d for n, d in partition.unpack(step.delta).items() if n in gradients}
-            fits = _fits(parameters, change, step.delta)
+            addable = fits(parameters, change, step.delta)
             if isinstance(step.accepted, Tensor):
-                step = replace(step, accepted=step.accepted & fits)
-            elif not bool(fits):
+                step = replace(step, accepted=step.accepted & addable)
+            elif not bool(addable):
                 self.last = rejected(step.damping, "the sum of parameters and step overflows", tried=False)
                 return
             accepted = torch.as_tensor(step.accepted, device=self._device)
@@ -700,19 +680,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Numbers of the last step for any logger. Waits for the device."""
         if self.last is None:
             return {}
-        step = self.last
-        values = {
-            "lr": step.lr,
-            "accepted": step.accepted,
-            "damping": step.damping,
-            "backtracks": step.backtracks,
-            "kl_predicted": step.kl_predicted,
-            "kl_measured": step.kl_measured,
-            "loss_change_predicted": step.loss_change_predicted,
-            "loss_change_measured": step.loss_change_measured,
-            "ratio": step.ratio,
-        }
-        return {f"natgrad/{name}": float(value) for name, value in values.items() if value is not None}
+        return self.last.numbers()
 
     @property
     def likelihood(self) -> Likelihood:
@@ -806,32 +774,3 @@ class NaturalGradient(torch.optim.Optimizer):
             self.attach(self._wrapper or model)
             if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):
                 self._curvature_for(self._partition())
-
-
-def _fits(parameters: dict[str, nn.Parameter], change: dict[str, Tensor], delta: BlockVector) -> Tensor:
-    """Whether parameters and their change can be added, 0-d bool: both may be finite and the sum not.
-
-    In a wide range a change of a thousandth of it is refused by itself, which spares a look at the parameters: it
-    would take a thousand such steps to leave the range.
-    """
-    top = min(torch.finfo(parameters[name].dtype).max for name in change)
-    size = largest(delta)
-    if top > 1e30:
-        return size <= 1e-3 * top
-    return size + largest({name: parameters[name].detach() for name in change}) <= top
-
-
-def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
-    """Whether every entry is finite, 0-d; no wait for the device."""
-    return torch.isfinite(largest(tensors))
-
-
-def _clear_unless_finite(gradients: dict[str, Tensor]) -> None:
-    finite = _all_finite(gradients)
-    for grad in gradients.values():
-        grad.copy_(torch.where(finite, grad, 0.0))
-
-
-def _skipped(damping: Damping) -> Step:
-    """The record of a step that was not taken because its gradient is not finite."""
-    return rejected(damping.value, "the gradient is not finite", tried=False, predicted=math.nan)

@@ -288,6 +288,21 @@ class Step:
             return self.loss_change_measured * math.nan
         return self.loss_change_measured / self.loss_change_predicted
 
+    def numbers(self) -> dict[str, float]:
+        """What is known of the step, by names for a logger. Waits for the device."""
+        values = {
+            "lr": self.lr,
+            "accepted": self.accepted,
+            "damping": self.damping,
+            "backtracks": self.backtracks,
+            "kl_predicted": self.kl_predicted,
+            "kl_measured": self.kl_measured,
+            "loss_change_predicted": self.loss_change_predicted,
+            "loss_change_measured": self.loss_change_measured,
+            "ratio": self.ratio,
+        }
+        return {f"natgrad/{name}": float(value) for name, value in values.items() if value is not None}
+
     def measured(self, trial: Trial, loss: Tensor | None) -> Step:
         """This step with the ``trial`` of it filled in; rejected if the trial is not finite. Waits for the device.
 
