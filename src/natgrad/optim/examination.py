@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.distributed import Replicas
 from natgrad.likelihood import Likelihood
 from natgrad.metric import Metric
 from natgrad.network import Partition, Tape, trainable_parameters, unreached_parameters
+from natgrad.optim.naming import Renaming, names_after, names_here
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Examination:
         unreached: parameters on which no observed output has depended yet.
         alone: whether no pass with more than one row was examined.
         stale: whether blocks made before the last examination are out of date.
+        again: whether the next pass is examined as the first one was, because another module is observed now.
     """
 
     uncovered: dict[str, str] | None = None
     unreached: frozenset[str] = field(default_factory=frozenset)
     alone: bool = False
     stale: bool = False
+    again: bool = False
     _agreed: dict[str, Any] | None = None
 
     def shared(self, replicas: Replicas) -> tuple[Examination, bool]:
@@ -75,32 +78,55 @@ class Examination:
         uncovered = dict(sorted(uncovered.items())) if served else None
         unreached = frozenset.intersection(*[frozenset(state["unreached"]) for state in found])
         agreed = all((state["uncovered"] or {}).keys() == (uncovered or {}).keys() for state in found)
-        merged = Examination(uncovered, unreached, all(state["alone"] for state in found), self.stale or not agreed)
+        alone = all(state["alone"] for state in found)
+        merged = Examination(uncovered, unreached, alone, self.stale or not agreed, self.again)
         merged._agreed = merged.state()
         return merged, agreed
 
     def possible(self, tape: Tape) -> bool:
         """Whether this pass can be examined: the first one must be finite, for nothing can be told from NaN."""
-        if self.uncovered is not None:
+        if self.uncovered is not None and not self.again:
             return True
         seen = [_output(tape), *(use.input for uses in tape.uses.values() for use in uses)]
         return all(bool(torch.isfinite(t).all()) for t in seen)
 
-    def examine(self, metric: Metric, likelihood: Likelihood, tape: Tape, generator: torch.Generator) -> bool:
+    def examine(
+        self,
+        metric: Metric,
+        likelihood: Likelihood,
+        tape: Tape,
+        generator: torch.Generator,
+        partition: Partition | None = None,
+    ) -> bool:
         """Learn from the first pass, and from a later one where it can show more; whether it did, and drew numbers.
 
-        A later pass can show more where it reaches parameters that none reached before (an expert), or where it is the
-        first with more than one row: with one, every axis looks like the batch.
+        A later pass can show more where it reaches parameters that none reached before (an expert), where it reaches
+        some without a call of the layer that serves them in ``partition``, or where it is the first with more than one
+        row: with one, every axis looks like the batch.
         """
-        first, alone = self.uncovered is None, _output(tape).shape[0] == 1
+        first, alone = self.uncovered is None or self.again, _output(tape).shape[0] == 1
         names = tuple(trainable_parameters(tape.model)) if first else tuple(sorted(self.unreached))
         unreached = unreached_parameters(tape, names)
-        if not first and unreached == self.unreached and (alone or not self.alone):
+        seen = unreached == self.unreached and (alone or not self.alone)
+        if not first and seen and not _bypassed(tape, partition):
             return False
         found, known = metric.examine(tape, likelihood, generator), self.uncovered or {}
-        self.stale = not found.keys() <= known.keys()
-        self.uncovered, self.unreached, self.alone = {**found, **known}, unreached, alone
+        self.stale = found.keys() != known.keys() if self.again else not found.keys() <= known.keys()
+        self.uncovered = found if self.again else {**found, **known}
+        self.unreached, self.alone, self.again = unreached, alone, False
         return True
+
+    def carried(self, before: nn.Module | None, after: nn.Module) -> Examination:
+        """What is known of the parameters where ``after`` is observed in place of ``before`` (None: of none yet)."""
+        if before is after:
+            return self
+        name = names_here(after) if before is None else names_after(before, after)
+        return replace(self.renamed(name), again=self.again or before is not None)
+
+    def renamed(self, name: Renaming) -> Examination:
+        """The same of parameters that are called otherwise."""
+        uncovered = None if self.uncovered is None else {name(n): why for n, why in self.uncovered.items()}
+        return replace(self, uncovered=uncovered, unreached=frozenset(map(name, self.unreached)), _agreed=None)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -110,6 +136,15 @@ class Examination:
     def restored(state: dict[str, Any]) -> Examination:
         """What :meth:`state` gave."""
         return Examination(state["uncovered"], frozenset(state["unreached"]), state["alone"])
+
+
+def _bypassed(tape: Tape, partition: Partition | None) -> bool:
+    """Whether the pass uses parameters of a layer that it did not call: nothing was seen of them."""
+    cells = () if partition is None else partition.cells
+    absent = [n for c in cells if c.module is not None and not tape.uses.get(c.module) for n in c.parameters]
+    known = trainable_parameters(tape.model) if absent else {}
+    absent = [n for n in absent if n in known]
+    return bool(absent) and len(unreached_parameters(tape, absent)) < len(absent)
 
 
 def _output(tape: Tape) -> Tensor:

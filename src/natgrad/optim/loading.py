@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from natgrad.errors import ArgumentError
 from natgrad.optim.curvature import unpaired
 from natgrad.optim.groups import Group
+from natgrad.optim.naming import names_here, renamed_entries
 from natgrad.optim.state import INVENTORY, names_of
 
 _SHAPED = ("momentum", "previous")
@@ -44,7 +45,8 @@ def matched(state_dict: dict[str, Any], groups: list[Group], model: nn.Module | 
     Raises:
         ArgumentError: groups, names, shapes or tensors do not fit; the message names the first ones.
     """
-    inventory, saved_groups = state_dict.get(INVENTORY, {}), state_dict["param_groups"]
+    inventory: dict[Any, Any] = renamed_entries(state_dict.get(INVENTORY, {}), names_here(model))
+    saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ArgumentError(
             f"The state has {len(saved_groups)} parameter groups, and this optimizer has {len(groups)}. Make the same "
@@ -86,7 +88,8 @@ def names_in(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
 
 def check_places(loaded: list[list[str]] | None, groups: list[Group], model: nn.Module) -> None:
     """Raises ArgumentError unless what was loaded by place has reached the parameters of its names."""
-    own = names_of(groups, model)
+    own, here = names_of(groups, model), names_here(model)
+    loaded = None if loaded is None else [[here(name) for name in names] for names in loaded]
     if loaded is not None and loaded != own:
         wrong = [(a, b) for one, other in zip(loaded, own, strict=False) for a, b in zip(one, other, strict=False)]
         first = next(((a, b) for a, b in wrong if a != b), ("more parameters", "fewer"))

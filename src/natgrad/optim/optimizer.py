@@ -49,6 +49,7 @@ from natgrad.optim.groups import (
 )
 from natgrad.optim.loading import check_places, matched, names_in
 from natgrad.optim.momentum import Momentum, factors
+from natgrad.optim.naming import names_here
 from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
 from natgrad.optim.preconditioning import at_rates, preconditioned
@@ -176,7 +177,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Observe ``model``, whose parameters this optimizer was made with; returns the optimizer.
 
         For optimizers made from parameters, before the first pass. Attaching again moves the observation to another
-        module that holds the same parameters.
+        module that holds the same parameters; its first pass is examined anew.
 
         Raises:
             ArgumentError: ``model`` is no module, or a parameter of the groups does not belong to it.
@@ -187,6 +188,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_places(self._placed, self.param_groups, inner)
         if self._model is not None:
             self._observer.detach()
+        self._examination = self._examination.carried(self._model, inner)
         self._model, self._placed, self._replicas, self._whole = inner, None, replicas, StatisticsSum(replicas)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._device = parameters[0].device
@@ -194,13 +196,15 @@ class NaturalGradient(torch.optim.Optimizer):
         self._wrapper = model if model is not inner else None
         self._observer = Observer(inner, self._due, self._on_pass, self._wrapper, self._likelihood.check_gradient)
         self._unbound()
+        if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):
+            self._curvature_for(self._partition())
         return self
 
     def detach(self) -> None:
         """Stop observing the module; :meth:`attach` starts again."""
         if self._model is not None:
             self._observer.detach()
-            self._model = None
+            self._model, self._examination.again = None, True
 
     @property
     def _network(self) -> nn.Module:
@@ -274,7 +278,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if observation.skipped:
                 return
             with torch.enable_grad():
-                if self._examination.examine(self._metric, self._likelihood, tape, self._generator):
+                known = None if self._curvature is None else self._curvature.partition
+                if self._examination.examine(self._metric, self._likelihood, tape, self._generator, known):
                     self._reseed()  # so that the labels are those of a step without an examination
             curvature = self._curvature_for(self._partition())
             bases = self._bases(curvature)
@@ -516,7 +521,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._curvature is None or self._curvature.partition is not partition:
             if self._curvature is not None:
                 self._curvature.forget_all_but(partition)
-                self._changed = True
+                self._changed, self._whole = True, StatisticsSum(self._replicas)
                 for observation in self._observer.observations:  # seen with other blocks
                     observation.skipped = observation.statistics is not None
             self._curvature = Curvature(self._metric, partition, self._named(), self.state, self._decay, self._replicas)
@@ -744,7 +749,8 @@ class NaturalGradient(torch.optim.Optimizer):
             group.setdefault(checkpoint.DIVISION, k)
             group.setdefault(checkpoint.NOTE, "")
         if own is not None:
-            self._steps, self._seed, self._examination = own.steps, own.seed, own.examination
+            self._steps, self._seed = own.steps, own.seed
+            self._examination = own.examination.renamed(names_here(self._model))
             self._damping = own.damping
         self._curvature = None
         known = self._examination.uncovered is not None or self._metric.replayed
@@ -772,5 +778,3 @@ class NaturalGradient(torch.optim.Optimizer):
         self._unbound()
         if model is not None:
             self.attach(self._wrapper or model)
-            if self._examination.uncovered is not None and any("step" in s for s in self.state.values()):
-                self._curvature_for(self._partition())
