@@ -18,6 +18,7 @@ from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
 from natgrad.network import Pass, Recorder, Tape, is_compiled, is_reentrant, is_replaying, output_tensor
 from natgrad.optim.axes import Axes, in_order, inverse, moved, moved_axes
+from natgrad.optim.discarding import Gradients, after_backward
 
 
 class _Life:
@@ -39,6 +40,7 @@ class Observation:
         target: the labels, where they were given.
         statistics: what the metric keeps of the pass, once computed.
         reached: whether a backward pass reached the output.
+        accumulated: whether that pass left gradients in the parameters.
         explicit: whether the user observed the output explicitly.
         skipped: whether the pass is left out, because its output is not finite.
         axes: the order in which the likelihood reads the axes of the source; None as they are.
@@ -53,6 +55,7 @@ class Observation:
     target: Target | None = None
     statistics: Statistics | None = None
     reached: bool = False
+    accumulated: bool = False
     explicit: bool = False
     skipped: bool = False
     axes: Axes | None = None
@@ -204,6 +207,7 @@ class Observer:
     _axes: Axes | None = None
 
     def __post_init__(self) -> None:
+        self._gradients = Gradients(self.model)
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
             self.model.register_forward_hook(_Hook(self, "after"), with_kwargs=True, always_call=True),
@@ -249,6 +253,7 @@ class Observer:
         self._depth += 1
         if self._depth > 1 or not self._watching(module):
             return
+        self._forget_discarded()
         self._pass = Pass.begin(module, args, kwargs)
         self._due = self.is_due()
         # No layer's hook fires inside a compiled graph, and one that is traced into it would only be compiled again.
@@ -332,9 +337,21 @@ class Observer:
         )
 
     def _gradient(self, observation: Observation, gradient: Tensor | None) -> None:
+        self._forget_discarded(observation)
+        after_backward(self._note_gradients)
         if self.on_gradient is not None and gradient is not None:  # a compiled graph may hold the loss as well
             self.on_gradient(moved(gradient, observation.axes))
             self.on_gradient = None
+
+    def _note_gradients(self) -> None:
+        found = self._gradients.note()
+        for observation in self.observations:
+            observation.accumulated = observation.accumulated or (observation.reached and found)
+
+    def _forget_discarded(self, but: Observation | None = None) -> None:
+        """Forget the passes whose gradients the parameters held, and hold no longer."""
+        if any(o.accumulated and o is not but for o in self.observations) and self._gradients.discarded():
+            self.observations = [o for o in self.observations if o is but or not o.accumulated]
 
     def _as_returned(self, output: Tensor) -> tuple[Tensor, Axes | None]:
         """What the module returned where ``output`` is that with its axes moved, and their order."""
