@@ -59,7 +59,7 @@ from natgrad.step.local import explained, joined, rejected
 
 Parameters = nn.Module | Iterable[Any]
 _COPIED = (
-    "last", "_likelihood", "_metric", "_solver", "_search", "_damping", "_decay", "_refresh", "_seed", "_examination",
+    "_last", "_likelihood", "_metric", "_solver", "_search", "_damping", "_decay", "_refresh", "_seed", "_examination",
     "_steps", "_follows", "_changed", "_unknown", "_model", "_wrapper",
 )  # fmt: skip
 
@@ -113,9 +113,6 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Raises:
         ArgumentError: an argument out of range; the message names it.
-
-    Attributes:
-        last: what the last step did (a :class:`natgrad.step.Step` without its vectors), None before the first.
     """
 
     matches_by_name = True
@@ -143,7 +140,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_likelihood(likelihood)
         check_parts(metric, solver, search, refresh)
         check_arguments(lr, momentum, weight_decay, average, search, seed, maximize)
-        self.last: Step | None = None
+        self._last: Step | None = None
         self._likelihood, self._metric, self._solver, self._search = likelihood, metric, solver, search
         self._damping, self._decay, self._refresh, self._seed = as_damping(damping), average, refresh, seed
         self._examination = Examination()
@@ -379,7 +376,7 @@ class NaturalGradient(torch.optim.Optimizer):
         except (ConvergenceError, NonFiniteError):
             if bool(all_finite(gradients)):
                 raise
-            self.last = skipped(self._damping)
+            self._last = skipped(self._damping)
             return
         self._apply(step, direction, gradients)
         self._steps += 1
@@ -473,7 +470,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if needed:
             poisoned, absent = self._replicas.any(poisoned, absent)
         if poisoned:
-            self.last = skipped(self._damping)
+            self._last = skipped(self._damping)
             return False
         if not needed or not absent or (not self._metric.needs_observation and not self._needs_probe()):
             return True
@@ -657,7 +654,7 @@ class NaturalGradient(torch.optim.Optimizer):
             if isinstance(step.accepted, Tensor):
                 step = replace(step, accepted=step.accepted & addable)
             elif not bool(addable):
-                self.last = rejected(step.damping, "the sum of parameters and step overflows", tried=False)
+                self._last = rejected(step.damping, "the sum of parameters and step overflows", tried=False)
                 return
             accepted = torch.as_tensor(step.accepted, device=self._device)
             if not self._search.needs_probe:
@@ -673,13 +670,18 @@ class NaturalGradient(torch.optim.Optimizer):
                 parameters[name].add_(torch.where(accepted, delta, 0.0).to(parameters[name].dtype))
                 if keep:
                     self.state[parameters[name]]["previous"] = delta
-        self.last = explained(replace(step, delta=None))
+        self._last = replace(step, delta=None)
 
     # Reports
 
     def coverage(self) -> list[CoverageRow]:
         """How every trainable parameter is treated, and why; before the first observed pass: as far as types tell."""
         return coverage_rows(self._metric, self._partition())
+
+    @property
+    def last(self) -> Step | None:
+        """What the last step did, without its vectors; None before the first. On a CPU it says why it was rejected."""
+        return None if self._last is None else explained(self._last)  # here: the step itself reads no value
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step for any logger. Waits for the device."""
