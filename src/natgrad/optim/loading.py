@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ArgumentError
 from natgrad.optim.curvature import unpaired
-from natgrad.optim.groups import Group
+from natgrad.optim.groups import DIVISION, OPTIONS, Group
 from natgrad.optim.naming import names_here, renamed_entries
-from natgrad.optim.state import INVENTORY, names_of
+from natgrad.optim.state import INVENTORY, NOTE, names_of, put_back, whole, without_hooks
 
 _SHAPED = ("momentum", "previous")
 _SHOWN = 5
@@ -77,6 +78,21 @@ def matched(state_dict: dict[str, Any], groups: list[Group], model: nn.Module | 
         for i, p, label in zip(saved["params"], own, labels, strict=True):
             _check_tensors(label or f"number {i}", p, state_dict["state"].get(i, {}), inventory.get(i))
     return Match(state_dict, members, frozenset(fresh))
+
+
+def take_over(optimizer: torch.optim.Optimizer, match: Match) -> None:
+    """Give an optimizer the groups and tensors of a state, in torch's own way but for the dtypes, without any hook."""
+    optimizer.param_groups = [
+        {**group, "params": own} for group, own in zip(optimizer.param_groups, match.members, strict=True)
+    ]
+    with without_hooks(optimizer):  # they come before and after the whole of it, not of torch's part
+        torch.optim.Optimizer.load_state_dict(optimizer, whole(match.state_dict))
+    put_back(optimizer, match.state_dict)
+    for k, group in enumerate(optimizer.param_groups):
+        for name in OPTIONS:  # of a state saved before there were such
+            group.setdefault(name, optimizer.defaults[name])
+        group.setdefault(DIVISION, k)
+        group.setdefault(NOTE, "")
 
 
 def names_in(state_dict: Mapping[str, Any]) -> list[list[str]] | None:

@@ -34,7 +34,6 @@ from natgrad.optim.curvature import Curvature
 from natgrad.optim.examination import CoverageRow, Examination, coverage_rows
 from natgrad.optim.finite import all_finite, clear_unless_finite, fits, skipped
 from natgrad.optim.groups import (
-    OPTIONS,
     Group,
     check_group,
     check_values,
@@ -47,7 +46,7 @@ from natgrad.optim.groups import (
     set_division,
     together,
 )
-from natgrad.optim.loading import check_places, matched, names_in
+from natgrad.optim.loading import check_places, matched, names_in, take_over
 from natgrad.optim.momentum import Momentum, factors
 from natgrad.optim.naming import names_here
 from natgrad.optim.observer import Observation, Observer, unwrapped
@@ -740,16 +739,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._model is not None:
             self._named()  # what was unfrozen since then joins
         match = matched(state_dict, self.param_groups, self._model, self._follows)
-        self.param_groups = [{**g, "params": m} for g, m in zip(self.param_groups, match.members, strict=True)]
-        with checkpoint.without_hooks(self):  # before and after the whole of it, not of torch's part
-            super().load_state_dict(checkpoint.whole(match.state_dict))
-        checkpoint.put_back(self, match.state_dict)
+        take_over(self, match)
         self._placed = names_in(match.state_dict) if self._model is None else None
-        for k, group in enumerate(self.param_groups):
-            for name in OPTIONS:  # of a state saved before there were such
-                group.setdefault(name, self.defaults[name])
-            group.setdefault(checkpoint.DIVISION, k)
-            group.setdefault(checkpoint.NOTE, "")
         if own is not None:
             self._steps, self._seed = own.steps, own.seed
             self._examination = own.examination.renamed(names_here(self._model))
