@@ -164,7 +164,7 @@ class Metric(ABC):
 def check_part(name: str, value: object, kind: Any, what: str) -> None:
     """Raises ArgumentError unless ``value`` is of ``kind``; a class is told that it must be called."""
     if isinstance(value, type) or not isinstance(value, kind):
-        given = f"{value.__name__}, a class: call it" if isinstance(value, type) else repr(value)
+        given = f"{value.__name__}, a class," if isinstance(value, type) else repr(value)
         raise ArgumentError(f"{name}={given} was given; it must be one of {what}.")
 
 
