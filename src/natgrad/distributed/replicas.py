@@ -40,7 +40,9 @@ class Replicas:
             UnsupportedError: the parameters are sharded, or the model is an ``nn.DataParallel``.
         """
         called: Any = model
-        while hasattr(called, "_torchdynamo_orig_callable") and isinstance(getattr(called, "_orig_mod", None), nn.Module):
+        while hasattr(called, "_torchdynamo_orig_callable") and isinstance(
+            getattr(called, "_orig_mod", None), nn.Module
+        ):
             called = called._orig_mod  # inside of what torch.compile returned
         if isinstance(called, DistributedDataParallel):
             return called.module, Replicas(called.process_group)
