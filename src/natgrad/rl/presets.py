@@ -26,8 +26,12 @@ _ENVIRONMENTS: dict[str, dict[str, float]] = {
 # Radius and horizon of the algorithms that take one step per rollout.
 _ONE_STEP: dict[str, tuple[float, int]] = {
     "Acrobot-v1": (0.02, 128),
-    "Pendulum-v1": (0.02, 256),
+    "Pendulum-v1": (0.015, 256),
     "MountainCarContinuous-v0": (0.02, 256),
+    "Swimmer-v5": (0.05, 256),
+    "Hopper-v5": (0.05, 256),
+    "HalfCheetah-v5": (0.02, 256),
+    "Walker2d-v5": (0.05, 256),
 }
 _PPO: dict[str, dict[str, float]] = {
     "Acrobot-v1": {"lr": 1e-3, "entropy": 0.01},
