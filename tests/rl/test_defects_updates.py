@@ -386,7 +386,7 @@ def check_limit(kind: type[PPOLearner]) -> None:
     assert torch.equal(vector(limited.policy), path[allowed - 1]), "not the policy of the last step within the limit"
     assert torch.equal(_moments(limited), moments[allowed - 1]), "the refused step is in the optimizer's moments"
     assert metrics["kl_refused"] == pytest.approx(kls[allowed], rel=1e-12), "not the policy's KL on all samples"
-    assert metrics["steps"] == allowed, "another number of steps is reported"
+    assert metrics["minibatch_steps"] == allowed, "another number of steps is reported"
     taken = {int(s["step"]) for s in limited.critic_optimizer.state.values()}
     assert taken == {12}, f"the critic took {taken} of 12 steps"
 
@@ -412,7 +412,7 @@ def test_d18_first_step_refused() -> None:
     learner, start = PPOLearner(settings, policy, critic, 0), vector(policy)
     for _ in range(2):
         metrics = learner.update(samples, old, 0.0)
-        assert metrics["steps"] == 0 and metrics["accepted"] == 0 and metrics["kl_refused"] > 1e-9
+        assert metrics["minibatch_steps"] == 0 and metrics["accepted"] == 0 and metrics["kl_refused"] > 1e-9
         assert torch.equal(vector(policy), start)
     learner.settings = replace(settings, max_kl=1.0)
-    assert learner.update(samples, old, 0.0)["steps"] == 40
+    assert learner.update(samples, old, 0.0)["minibatch_steps"] == 40

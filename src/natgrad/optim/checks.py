@@ -83,7 +83,8 @@ def check_members(model: nn.Module, parameters: Iterable[Tensor]) -> None:
 def check_parts(metric: Metric, solver: Solver | None, search: Search, refresh: Refresh) -> None:
     """Raises ArgumentError for a part that is none, such as a name or a class, naming the argument."""
     check_part("metric", metric, Metric, "ng.Fisher(estimate, structure), ng.Hessian(structure) or ng.Euclidean()")
-    check_part("refresh", refresh, Refresh, "ng.Refresh(statistics, inverse)")
+    if isinstance(refresh, type) or not (hasattr(refresh, "statistics_due") and hasattr(refresh, "inverse_due")):
+        raise ArgumentError(f"refresh={refresh!r} was given; it must be ng.Refresh(statistics, inverse).")
     searches = "ng.LearningRate(), ng.KLClip(), ng.TrustRegion(), ng.Armijo() or ng.QuadraticFit()"
     check_part("search", search, Callable, searches)
     if not hasattr(search, "needs_probe"):

@@ -205,7 +205,8 @@ class LocalModel:
     def penalty_gram(self, vectors: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """v_iᵀWv_j, [k, k]: what the penalty adds to the curvature between ``vectors``."""
         if self.penalty is None:
-            return torch.zeros(len(vectors), len(vectors), device=next((v.device for v in vectors[0].values()), None))
+            like = next(iter(vectors[0].values()), torch.zeros((), dtype=torch.float32))
+            return like.new_zeros(len(vectors), len(vectors))
         _checks.blocks("penalty", vectors[0], self.penalty)
         pushed = [
             {name: self.penalty[name].matvec(v.to(self.penalty[name].dtype)) for name, v in b.items()} for b in vectors
