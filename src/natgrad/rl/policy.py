@@ -24,6 +24,8 @@ class Network(nn.Module):
         normaliser: of the observations; policy and critic may share one.
     """
 
+    normaliser: RunningMoments | Unchanged
+
     def __init__(self, body: nn.Module, normaliser: RunningMoments | Unchanged) -> None:
         super().__init__()
         self.body = body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Fisher, MonteCarlo, Structure
+from natgrad.metric import EigenKronecker, Exact, Fisher, Kronecker, MonteCarlo, Structure
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
+from natgrad.rl.critic import CriticFit
 from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.objective import entropy, mean_kl, ratios, restore, saved
 from natgrad.rl.policy import Critic, Policy, check_apart
 from natgrad.rl.rollout import Samples
 from natgrad.rl.training import Training
-from natgrad.step import FactoredTikhonov, KLClip
+from natgrad.step import FactoredTikhonov, TrustRegion
+
+_ADAM_RATE = 3e-4
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,19 @@ class PPO:
         clip: ε: the objective is min(r A, clip(r, 1 − ε, 1 + ε) A); None: r A without clipping.
         penalty: β of the penalty β KL(old ‖ new), exact by the distributions; None: no penalty. After every update β
             doubles where the measured KL exceeds 1.5 ``target_kl`` and halves below ``target_kl`` / 1.5 (Schulman et
-            al. 2017, section 4).
+            al. 2017, section 4), within a factor of 64 of where it began: a penalty that had faded could not return.
         target_kl: set-point of the penalty.
         max_kl: a hard limit: after each minibatch step KL(old ‖ new) is measured on all samples, and a step beyond the
             limit is taken back and ends the update of the policy (the critic's goes on). None: no limit.
         epochs, batch: passes over the samples, and samples of a step (sequences × steps with a memory).
-        lr: of Adam, or of natural gradient; falls linearly to zero over training where ``anneal``.
+        lr: of Adam, 3e-4 unless given; or longest multiple of the natural gradient, 1 unless given. Falls linearly to
+            zero over training where ``anneal``.
         entropy: weight of the policy's entropy in the objective.
         gradient_norm: gradients are clipped to it under Adam.
-        structure: None: Adam. A structure: natural gradient with it, its steps clipped to ``step_kl`` in KL.
-        step_kl: predicted KL of a natural-gradient step.
+        structure: None: Adam. A structure: natural gradient with it.
+        step_kl: radius of a natural-gradient step: its measured mean KL(before ‖ after) on the minibatch.
+        critic: how the critic is fitted, after the policy; None: by Adam with rate ``lr`` (3e-4 with a structure), one
+            step beside each of the policy's.
     """
 
     clip: float | None = 0.2
@@ -49,20 +56,26 @@ class PPO:
     max_kl: float | None = None
     epochs: int = 10
     batch: int = 64
-    lr: float = 3e-4
+    lr: float | None = None
     anneal: bool = True
     entropy: float = 0.0
     gradient_norm: float = 0.5
     structure: Structure | None = None
     step_kl: float = 1e-3
+    critic: CriticFit | None = None
 
     def __post_init__(self) -> None:
         if self.clip is None and self.penalty is None and self.max_kl is None:
             raise ArgumentError("Nothing would hold the policy back: give clip, penalty or max_kl.")
-        for name in ("clip", "penalty", "max_kl", "target_kl", "lr"):
+        for name in ("clip", "penalty", "max_kl", "target_kl", "lr", "gradient_norm", "step_kl"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ArgumentError(f"{name} must be positive, got {value}.")
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not math.isfinite(self.entropy):
+            raise ArgumentError(f"entropy must be a finite number, got {self.entropy}.")
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> PPOLearner:
         """Start learning."""
@@ -77,28 +90,36 @@ class PPOLearner:
         self.settings, self.policy, self.critic = settings, policy, critic
         self.generator = torch.Generator().manual_seed(seed)
         self.penalty = settings.penalty
-        self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=settings.lr, eps=1e-5)
+        self.fitter = None if settings.critic is None else settings.critic.fitter(critic, seed)
+        rate = settings.lr or _ADAM_RATE
+        critic_rate = rate if settings.structure is None else _ADAM_RATE
+        self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_rate, eps=1e-5)
         if settings.structure is None:
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(policy.parameters(), lr=settings.lr, eps=1e-5)
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(policy.parameters(), lr=rate, eps=1e-5)
         else:
+            # Only Kronecker factors see every step of a sequence by itself: elsewhere one draw per sequence would do
+            # for all of its steps.
+            kronecker = isinstance(settings.structure, Kronecker | EigenKronecker)
             self.optimizer = NaturalGradient(
                 policy,
                 policy.head.likelihood,
-                lr=settings.lr,
+                lr=settings.lr or 1.0,
                 damping=FactoredTikhonov(1e-2),
-                metric=Fisher(MonteCarlo(), settings.structure),
-                search=KLClip(settings.step_kl),
-                refresh=Refresh(1, 10),
+                metric=Fisher(MonteCarlo() if kronecker else Exact(), settings.structure),
+                search=TrustRegion(settings.step_kl, require_improvement=False),
+                refresh=Refresh(1, 10) if kronecker else Refresh(1, 1),
                 seed=seed,
             )
+        self.rates = [o.param_groups[0]["lr"] for o in (self.optimizer, self.critic_optimizer)]
 
     def update(self, samples: Samples, old: Tensor, progress: float) -> dict[str, float]:
         """Epochs of minibatch steps of policy and critic."""
         settings, device = self.settings, samples.advantages.device
         if settings.anneal:
-            for optimizer in (self.optimizer, self.critic_optimizer):
-                optimizer.param_groups[0]["lr"] = settings.lr * (1 - progress)
-        self.critic.returns.update(samples.returns.unsqueeze(-1))
+            for optimizer, rate in zip((self.optimizer, self.critic_optimizer), self.rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (1 - progress)
+        if self.fitter is None:
+            self.critic.returns.update(samples.returns.unsqueeze(-1))
         targets = self.critic.returns(samples.returns.unsqueeze(-1))
         size = max(1, settings.batch // samples.returns[0].numel())
         going, steps, clipped, refused = True, 0, [], 0.0
@@ -110,7 +131,10 @@ class PPOLearner:
                     refused = self._refused
                     going = refused == 0.0
                     steps += going
-                self._critic_step(part, targets[index])
+                if self.fitter is None:
+                    self._critic_step(part, targets[index])
+        if self.fitter is not None:
+            self.fitter.update(samples)
         metrics = {"minibatch_steps": float(steps), "kl_refused": refused, "accepted": float(steps > 0)}
         if self.settings.clip is not None:
             metrics["clipped"] = float(torch.stack(clipped).mean())
@@ -162,10 +186,11 @@ class PPOLearner:
         if self.penalty is None:
             return {}
         kl = float(mean_kl(self.policy, old, self.policy(*samples.inputs)))
+        first = self.settings.penalty or self.penalty
         if kl > 1.5 * self.settings.target_kl:
-            self.penalty *= 2
+            self.penalty = min(2 * self.penalty, 64 * first)
         elif kl < self.settings.target_kl / 1.5:
-            self.penalty /= 2
+            self.penalty = max(self.penalty / 2, first / 64)
         return {"penalty": self.penalty}
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,6 +198,7 @@ class PPOLearner:
         return {
             "policy": self.optimizer.state_dict(),
             "critic": self.critic_optimizer.state_dict(),
+            "fitter": None if self.fitter is None else self.fitter.state_dict(),
             "penalty": self.penalty,
             "generator": self.generator.get_state(),
         }
@@ -181,6 +207,8 @@ class PPOLearner:
         """Go on from ``state``."""
         self.optimizer.load_state_dict(state["policy"])
         self.critic_optimizer.load_state_dict(state["critic"])
+        if self.fitter is not None:
+            self.fitter.load_state_dict(state["fitter"])
         self.penalty = state["penalty"]
         self.generator.set_state(state["generator"])
 

@@ -206,8 +206,10 @@ class Collector:
         """V(s_t) and V(s_{t+1}), [T, N] each; s_{t+1} before any reset."""
         critic, done = self.critic, rollout.terminated | rollout.truncated
         if not critic.recurrent:
-            values = critic.values(critic(rollout.observations))[..., 0]
-            following = torch.cat([values[1:], critic.values(critic(rollout.following[-1:]))[..., 0]])
+            shape = rollout.rewards.shape  # the critic takes rows [B, D], like the policy
+            values = critic.values(critic(rollout.observations.flatten(0, 1)))[..., 0].reshape(shape)
+            last = critic.values(critic(rollout.following[-1]))[..., 0]
+            following = torch.cat([values[1:], last.unsqueeze(0)])
             if bool(done.any()):
                 following = following.clone()
                 following[done] = critic.values(critic(rollout.following[done]))[..., 0]

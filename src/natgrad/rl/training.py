@@ -253,7 +253,8 @@ class Training:
             raise self._diverged("After", "the policy's output")
         ended, self.taken = self.environments.take_finished(), taken
         before, gain = surrogate(policy, old, samples), surrogate(policy, new, samples)
-        policy.normaliser.update(samples.observations)  # pyright: ignore[reportCallIssue]
+        for normaliser in {policy.normaliser, self.critic.normaliser}:  # most often one and the same
+            normaliser.update(samples.observations)
         self.episodes += len(ended)
         self.recent = [*self.recent, *((e.episode_return, e.length) for e in ended)][-RECENT:]
         count = len(self.recent) or math.nan
