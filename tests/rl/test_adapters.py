@@ -100,3 +100,20 @@ def test_evaluation_leaves_a_vector_environment_open_and_wants_one_of_each_episo
     assert first == rl.evaluate(policy, "CartPole-v1", episodes=3)
     with pytest.raises(ArgumentError, match="3 environments cannot run 4 episodes"):
         rl.evaluate(policy, vector, episodes=4)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_an_evaluation_does_not_wait_forever(mode):
+    """Episodes are cut off after ``max_steps``, and counted until then; those that ended before are whole."""
+    policy, _ = rl.build(1, rl.head_for(Target(mode).single_action_space))
+    whole = rl.evaluate(policy, Target(mode, 5), episodes=5)  # they end after 5, 4, 3, 2 and 1 steps
+    assert rl.evaluate(policy, Target(mode, 5), episodes=5, max_steps=5) == whole
+    assert rl.evaluate(policy, Target(mode, 5), episodes=5, max_steps=None) == whole
+    message = "^2 of 5 episodes of Target had not ended after 3 steps and were cut off there"
+    with pytest.warns(UserWarning, match=message) as warned:
+        cut = rl.evaluate(policy, Target(mode, 5), episodes=5, max_steps=3)
+    assert warned[0].filename == __file__
+    assert cut.lengths == (3, 3, 3, 2, 1) and cut.returns[2:] == whole.returns[2:]
+    assert all(short > long for short, long in zip(cut.returns[:2], whole.returns[:2], strict=True))  # rewards are < 0
+    with pytest.raises(ArgumentError, match="max_steps must be at least 1, or None"):
+        rl.evaluate(policy, "CartPole-v1", max_steps=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from itertools import pairwise
@@ -15,10 +16,12 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from rl_environments import Faulty, Masked, Spaces
+from torch import nn
 
 import natgrad.rl as rl
 from natgrad.errors import ArgumentError, EnvironmentFault, UnsupportedError
 from natgrad.rl.environments import Environments
+from natgrad.rl.networks import Recurrent
 from natgrad.rl.rollout import Collector
 
 N, T, SEED = 3, 60, 11
@@ -361,6 +364,9 @@ def test_an_environment_that_cannot_be_made_is_named():
         rl.make("CartPole-v1", 0)
     with pytest.raises(ArgumentError, match="'sync' or 'async'"):
         rl.make("CartPole-v1", mode="thread")
+    for given in (gym.make("CartPole-v1"), 5):
+        with pytest.raises(ArgumentError, match=r"^environment is .*, but copies are made of it: give a function that"):
+            rl.make(given)
 
 
 @pytest.mark.parametrize(
@@ -369,11 +375,21 @@ def test_an_environment_that_cannot_be_made_is_named():
         (spaces.Sequence(spaces.Discrete(2)), spaces.Discrete(2), "Observations of .*Sequence"),
         (spaces.Box(-1, 1, (2,)), spaces.Dict({"a": spaces.Discrete(2)}), "Actions of Dict"),
         (spaces.Box(-1, 1, (2,)), spaces.Box(0, 5, (2,), dtype=np.int64), "Actions of Box"),
+        (spaces.Box(-1, 1, (0,)), spaces.Discrete(2), r"Observations of Box.* have no entries"),
+        (spaces.Box(-1, 1, (2,)), spaces.Discrete(1), r"Actions of Discrete\(1\) leave nothing to decide"),
+        (spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (0,)), "Actions of Box.* have no entries"),
     ],
 )
 def test_spaces_without_meaning_are_refused(observation, action, message):
     with pytest.raises(UnsupportedError, match=message):
         rl.Training(partial(Spaces, observation, action), rl.TRPO(), steps=10, setup=SMALL)
+
+
+@pytest.mark.parametrize("action", [spaces.Discrete(2), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)])
+def test_discrete_actions_cannot_be_squashed(action):
+    made = partial(Spaces, spaces.Box(-1, 1, (2,)), action)
+    with pytest.raises(UnsupportedError, match=r"squashed is for continuous actions.*--no-squashed"):
+        rl.Training(made, rl.TRPO(), steps=10, setup=rl.Setup(environments=2, horizon=16, squashed=True))
 
 
 def test_networks_that_do_not_fit_the_environment_are_refused():
@@ -383,6 +399,32 @@ def test_networks_that_do_not_fit_the_environment_are_refused():
     five = rl.build(5, rl.head_for(spaces.Discrete(2)))
     with pytest.raises(ArgumentError, match="does not take observations of CartPole-v1, which have 4 entries"):
         rl.Training("CartPole-v1", rl.TRPO(), steps=10, setup=SMALL, networks=five)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_critics_that_do_not_fit_the_policy_or_the_environment_are_refused(recurrent):
+    head = rl.head_for(spaces.Discrete(2))
+    policy, good = rl.build(4, head, recurrent=recurrent)
+    normaliser = good.normaliser
+    _, other = rl.build(4, head, recurrent=not recurrent)
+    _, five = rl.build(5, head, recurrent=recurrent)
+    layer = Recurrent(4, 8, 2, last=1.0) if recurrent else nn.Linear(4, 2)
+    bad = {
+        "The (policy|critic) has a memory and the (critic|policy) has none.*give both one, or neither": other,
+        "The critic does not take observations of CartPole-v1, which have 4 entries": five,
+        r"The critic gave outputs of shape \(2, (1, )?2\) for 2 states, and must give .*one column": rl.Critic(
+            layer, normaliser
+        ),
+        "The critic does not take .*(dtype|type)": copy.deepcopy(good).double(),
+    }
+    if not recurrent:
+        bad[r"gave outputs of shape \(2,\) for 2 states"] = rl.Critic(
+            nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), normaliser
+        )
+    for message, critic in bad.items():
+        with pytest.raises(ArgumentError, match=message):
+            rl.Training("CartPole-v1", rl.TRPO(), steps=10, setup=SMALL, networks=(policy, critic))
+    rl.Training("CartPole-v1", rl.TRPO(), steps=64, setup=SMALL, networks=(policy, good)).run()
 
 
 def test_an_environment_that_says_wrong_things_of_itself_is_told_so():

@@ -183,6 +183,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_a_vector_environment_of_another_size_is_another_run(tmp_path):
+    """What counts is how many environments there are, not the number that the set-up would make."""
+
+    def start(n: int, setup: int) -> rl.Training:
+        vector = SyncVectorEnv([rl_runs.cartpole] * n)
+        options = rl.Setup(environments=setup, horizon=16, hidden=(8,))
+        return rl.Training(vector, rl.TRPO(), steps=16 * n, setup=options, folder=tmp_path)
+
+    start(3, 2).run()
+    with pytest.raises(SnapshotError, match="is of another run: environments is 3 there and 2 here"):
+        start(2, 2)
+    assert start(3, 5).resumed is True
+
+
 def test_a_file_that_is_no_checkpoint_of_a_training_is_refused(tmp_path):
     ng.save(tmp_path / "checkpoint.safetensors", torch.nn.Linear(2, 2), step=3)
     with pytest.raises(SnapshotError, match=r"is no checkpoint of natgrad\.rl"):

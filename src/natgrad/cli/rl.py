@@ -123,12 +123,15 @@ def _job(
 
 
 def _check_environment(job: Job) -> None:
-    """Makes the environment once, so that an unknown one is found before anything is written."""
-    from natgrad.rl import make
+    """Makes the environment once, so that one that cannot be learned is found before anything is written."""
+    from natgrad.rl import head_for, make
 
     if job.import_code and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # where a user's own module is looked for
-    make(job.environment, 1, import_code=job.import_code).close()
+    vector = make(job.environment, 1, import_code=job.import_code)
+    space = vector.single_action_space
+    vector.close()
+    head_for(space, squashed=job.setup.squashed)
 
 
 def _run(job: Job, chosen: Chosen) -> Learning:

@@ -10,6 +10,7 @@ from natgrad.metric import Fisher, Kronecker, MonteCarlo, Structure
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
+from natgrad.rl.checks import check_finite, check_positive
 from natgrad.rl.critic import CriticFit
 from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.one_step import OneStepLearner, linear
@@ -45,6 +46,10 @@ class ACKTR:
     average: float = 0.99
     refresh: Refresh = Refresh(1, 5)
     critic: CriticFit = field(default_factory=CriticFit.kfac)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_kl", "lr")
+        check_finite(self, "max_kl", "lr", "entropy")
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> OneStepLearner:
         """Start learning."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
+from natgrad.rl.checks import check_finite, check_fraction, check_whole, widths
 from natgrad.rl.policy import Critic, Policy
 from natgrad.rl.rollout import Samples
 
@@ -21,7 +22,7 @@ class Setup:
         horizon: steps of each per update; an update learns from environments × horizon steps.
         gamma: discount of rewards. That of the states is left out, as everywhere in practice.
         lam: λ of generalised advantage estimation.
-        hidden: widths of policy and critic; with ``recurrent`` the last is the memory's.
+        hidden: widths of policy and critic, or one; with ``recurrent`` the last is the memory's.
         recurrent: whether they have a memory.
         normalise: whether observations are normalised by their running moments.
         squashed: tanh of the Gaussian instead of clipping, for bounded continuous actions.
@@ -44,13 +45,12 @@ class Setup:
     noise_correlation: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("environments", "horizon"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        check_whole(self, "environments", "horizon")
+        check_fraction(self, "gamma", "lam")
+        check_finite(self, "log_scale")
+        object.__setattr__(self, "hidden", widths(self.hidden))
+        if self.recurrent and not self.hidden:
+            raise ArgumentError("hidden is empty, but with recurrent its last width is that of the memory.")
 
 
 class Learner(Protocol):

@@ -68,6 +68,7 @@ def resume(training: Training, path: Path) -> None:
 def _identity(training: Training) -> dict[str, Any]:
     """What must be the same for a run to go on as the same run."""
     setup = asdict(training.setup) | {"hidden": list(training.setup.hidden)}
+    setup["environments"] = training.environments.n  # a VectorEnv of the user has a number of its own
     return {
         "algorithm": re.sub(r" at 0x[0-9a-f]+", "", repr(training.algorithm)),
         "seed": training.seed,

@@ -44,7 +44,8 @@ class CriticFit:
     @classmethod
     def kfac(cls) -> CriticFit:
         """The critic of ACKTR: K-FAC, with averages over many small batches."""
-        return cls(Kronecker(), epochs=2, lr=0.5, damping=FactoredTikhonov(1e-2), average=0.99, refresh=Refresh(1, 5))
+        damping = FactoredTikhonov(1e-2)
+        return cls(Kronecker(), epochs=4, batch=128, lr=0.5, damping=damping, average=0.95, refresh=Refresh(1, 5))
 
     def fitter(self, critic: Critic, seed: int) -> CriticFitter:
         """Start fitting ``critic``."""

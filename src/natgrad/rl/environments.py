@@ -34,11 +34,17 @@ def make(
         options: of ``gymnasium.make``.
 
     Raises:
-        ArgumentError: n below one, an unknown id, or ``module:id`` without ``import_code``.
+        ArgumentError: n below one, an environment instead of what makes it, an unknown id, or ``module:id`` without
+            ``import_code``.
         EnvironmentFault: the environment's own code raised while it was made.
     """
     if isinstance(environment, VectorEnv):
         return environment
+    if isinstance(environment, gym.Env) or not (isinstance(environment, str) or callable(environment)):
+        raise ArgumentError(
+            f"environment is {environment!r}, but copies are made of it: give a function that makes one, such as "
+            "lambda: gymnasium.make('CartPole-v1'), an id, or a VectorEnv."
+        )
     if n < 1:
         raise ArgumentError(f"The number of environments must be at least 1, got {n}.")
     if isinstance(environment, str) and ":" in environment and not import_code:

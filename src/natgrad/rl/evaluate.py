@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ def evaluate(
     deterministic: bool = True,
     mode: Mode = "sync",
     import_code: bool = False,
+    max_steps: int | None = 100_000,
 ) -> Evaluation:
     """Let ``policy`` act for ``episodes`` whole episodes.
 
@@ -55,24 +57,37 @@ def evaluate(
         seed: of the episodes, and of the actions where they are sampled.
         deterministic: take the most probable action; otherwise sample.
         mode, import_code: see :func:`natgrad.rl.make`.
+        max_steps: of an episode, which is cut off there, with a warning; None: no limit, and an episode that does not
+            end is waited for without end.
+
+    Raises:
+        ArgumentError: ``max_steps`` below one, or a ``VectorEnv`` of another number of environments.
+        EnvironmentFault: an environment failed.
+        NonFiniteError: the policy's output is not finite.
     """
+    if max_steps is not None and max_steps < 1:
+        raise ArgumentError(f"max_steps must be at least 1, or None for no limit, got {max_steps}.")
     vector = make(environment, episodes, mode=mode, import_code=import_code)
     try:
         if vector.num_envs != episodes:
             raise ArgumentError(f"{vector.num_envs} environments cannot run {episodes} episodes: one each.")
-        return _whole_episodes(policy, Environments(vector, seed, HELD_OUT), None if deterministic else seed)
+        environments = Environments(vector, seed, HELD_OUT)
+        return _whole_episodes(policy, environments, None if deterministic else seed, max_steps)
     finally:
         if vector is not environment:
             vector.close()
 
 
-def _whole_episodes(policy: Policy, environments: Environments, seed: int | None) -> Evaluation:
+def _whole_episodes(policy: Policy, environments: Environments, seed: int | None, max_steps: int | None) -> Evaluation:
     """One episode of each environment; ``seed`` samples the actions, None takes the most probable ones."""
     n, parameter = environments.n, next(policy.parameters())
     generator = None if seed is None else torch.Generator(device=parameter.device).manual_seed(seed)
     memory, running = policy.start(n), np.ones(n, dtype=bool)
     returns, lengths = np.zeros(n), np.zeros(n, dtype=int)
     while running.any():
+        if lengths.max() == max_steps:
+            _warn_cut_off(environments.name, int(running.sum()), n, int(lengths.max()))
+            break
         mask = environments.mask
         actions, _, memory = policy.act(
             torch.from_numpy(environments.observations).to(parameter),
@@ -86,3 +101,13 @@ def _whole_episodes(policy: Policy, environments: Environments, seed: int | None
         lengths += running
         running &= ~(seen.terminated | seen.truncated)
     return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()))
+
+
+def _warn_cut_off(name: str, cut: int, episodes: int, steps: int) -> None:
+    warnings.warn(
+        f"{cut} of {episodes} episodes of {name} had not ended after {steps} steps and were cut off there; their "
+        "returns are those until then. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or change "
+        "max_steps.",
+        UserWarning,
+        stacklevel=5,
+    )

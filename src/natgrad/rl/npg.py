@@ -12,6 +12,7 @@ from natgrad.metric import Exact, Fisher, MatrixFree, Structure
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
+from natgrad.rl.checks import check_finite, check_positive
 from natgrad.rl.critic import CriticFit
 from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.one_step import OneStepLearner, solver_for
@@ -42,6 +43,10 @@ class NPG:
     structure: Structure = MatrixFree()
     solver: Solver | None = None
     critic: CriticFit = field(default_factory=CriticFit)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "target_kl", "lr")
+        check_finite(self, "target_kl")
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> OneStepLearner:
         """Start learning."""

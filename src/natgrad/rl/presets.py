@@ -21,14 +21,14 @@ DEFAULTS: dict[str, tuple[Algorithm, Setup]] = {
 _ENVIRONMENTS: dict[str, dict[str, float]] = {
     "Pendulum-v1": {"gamma": 0.9},
     "MountainCarContinuous-v0": {"noise_correlation": 0.95},
-    "Swimmer-v5": {"gamma": 0.9999},
+    "Swimmer-v5": {"gamma": 0.9999, "noise_correlation": 0.9},
 }
 # Radius and horizon of the algorithms that take one step per rollout.
 _ONE_STEP: dict[str, tuple[float, int]] = {
     "Acrobot-v1": (0.02, 128),
     "Pendulum-v1": (0.015, 256),
     "MountainCarContinuous-v0": (0.02, 256),
-    "Swimmer-v5": (0.05, 256),
+    "Swimmer-v5": (0.02, 256),
     "Hopper-v5": (0.05, 256),
     "HalfCheetah-v5": (0.02, 256),
     "Walker2d-v5": (0.05, 256),

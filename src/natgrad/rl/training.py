@@ -99,7 +99,8 @@ class Training:
             networks = self._networks()
         self.policy: Policy = networks[0].to(device)
         self.critic: Critic = networks[1].to(device)
-        self._check_networks()
+        self._check_policy()
+        self._check_critic()
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.learner = self.algorithm.learner(self.policy, self.critic, seed)
         self.collector = Collector(
@@ -138,7 +139,7 @@ class Training:
                 log_scale=setup.log_scale,
             )
 
-    def _check_networks(self) -> None:
+    def _check_policy(self) -> None:
         """Raises ArgumentError unless the policy takes the environment's observations and gives actions it has."""
         environments, policy = self.environments, self.policy
         parameter = next(policy.parameters())
@@ -147,16 +148,42 @@ class Training:
         try:
             actions = policy.act(observations, memory=policy.start(environments.n), starts=starts)[0]
         except RuntimeError as error:
-            raise ArgumentError(
-                f"The policy does not take observations of {environments.name}, which have {observations.shape[1]} "
-                f"entries: {error}"
-            ) from error
+            raise self._does_not_fit("policy", error) from error
         space, action = environments.vector.single_action_space, policy.head.to_environment(actions)[0]
         if bool(torch.isfinite(actions).all()) and not space.contains(action):
             raise ArgumentError(
                 f"{policy.head} gives actions such as {action!r}, but those of {environments.name} are {space}. Take "
                 "the head that natgrad.rl.head_for(env.action_space) gives."
             )
+
+    @torch.no_grad()
+    def _check_critic(self) -> None:
+        """Raises ArgumentError unless the critic takes what the policy takes, and gives one value of each state."""
+        n, critic = self.environments.n, self.critic
+        if critic.recurrent != self.policy.recurrent:
+            which = ("policy", "critic") if self.policy.recurrent else ("critic", "policy")
+            raise ArgumentError(
+                f"The {which[0]} has a memory and the {which[1]} has none, but both learn from the same sequences: "
+                "give both one, or neither."
+            )
+        rows = torch.from_numpy(self.environments.observations).to(next(self.policy.parameters()))
+        starts = torch.ones(n, 1, device=rows.device) if critic.recurrent else None
+        try:
+            values = critic(rows.unsqueeze(1) if critic.recurrent else rows, starts, critic.start(n))
+        except RuntimeError as error:
+            raise self._does_not_fit("critic", error) from error
+        expected = (n, 1, 1) if critic.recurrent else (n, 1)
+        if values.shape != expected:
+            raise ArgumentError(
+                f"The critic gave outputs of shape {tuple(values.shape)} for {n} states, and must give {expected}: one "
+                "column, the value. Give its body a last layer of one output."
+            )
+
+    def _does_not_fit(self, network: str, error: RuntimeError) -> ArgumentError:
+        return ArgumentError(
+            f"The {network} does not take observations of {self.environments.name}, which have "
+            f"{self.environments.observations.shape[1]} entries: {error}"
+        )
 
     @property
     def seconds(self) -> float:

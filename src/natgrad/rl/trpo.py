@@ -10,6 +10,7 @@ from natgrad.linalg import Solver
 from natgrad.metric import MatrixFree, Structure
 from natgrad.optim import TrustRegionNGD
 from natgrad.rl.algorithm import Setup
+from natgrad.rl.checks import check_finite, check_positive, check_whole
 from natgrad.rl.critic import CriticFit
 from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.one_step import OneStepLearner, solver_for
@@ -41,6 +42,11 @@ class TRPO:
     solver: Solver | None = None
     backtracks: int = 10
     critic: CriticFit = field(default_factory=CriticFit)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_kl")
+        check_finite(self, "max_kl")
+        check_whole(self, "backtracks", least=0)
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> OneStepLearner:
         """Start learning."""
