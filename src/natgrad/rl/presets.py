@@ -23,15 +23,15 @@ _ENVIRONMENTS: dict[str, dict[str, float]] = {
     "MountainCarContinuous-v0": {"noise_correlation": 0.95},
     "Swimmer-v5": {"gamma": 0.9999, "noise_correlation": 0.9},
 }
-# Radius and horizon of the algorithms that take one step per rollout.
-_ONE_STEP: dict[str, tuple[float, int]] = {
-    "Acrobot-v1": (0.02, 128),
-    "Pendulum-v1": (0.015, 256),
-    "MountainCarContinuous-v0": (0.02, 256),
-    "Swimmer-v5": (0.02, 256),
-    "Hopper-v5": (0.05, 256),
-    "HalfCheetah-v5": (0.02, 256),
-    "Walker2d-v5": (0.05, 256),
+# max_kl of TRPO, target_kl of NPG, and horizon.
+_ONE_STEP: dict[str, tuple[float, float, int]] = {
+    "Acrobot-v1": (0.02, 0.02, 128),
+    "Pendulum-v1": (0.015, 0.02, 256),
+    "MountainCarContinuous-v0": (0.02, 0.02, 256),
+    "Swimmer-v5": (0.02, 0.02, 256),
+    "Hopper-v5": (0.05, 0.05, 256),
+    "HalfCheetah-v5": (0.02, 0.02, 256),
+    "Walker2d-v5": (0.05, 0.05, 256),
 }
 _PPO: dict[str, dict[str, float]] = {
     "Acrobot-v1": {"lr": 1e-3, "entropy": 0.01},
@@ -50,10 +50,10 @@ def settings_for(algorithm: str, environment: str) -> tuple[Algorithm, Setup]:
     settings, setup = DEFAULTS[algorithm]
     setup = replace(setup, **_ENVIRONMENTS.get(environment, {}))  # pyright: ignore[reportArgumentType]
     if environment in _ONE_STEP and isinstance(settings, TRPO | NPG):
-        radius, horizon = _ONE_STEP[environment]
+        max_kl, target_kl, horizon = _ONE_STEP[environment]
         setup = replace(setup, horizon=horizon)
-        name = "max_kl" if isinstance(settings, TRPO) else "target_kl"
-        settings = replace(settings, **{name: radius})
+        radius = {"max_kl": max_kl} if isinstance(settings, TRPO) else {"target_kl": target_kl}
+        settings = replace(settings, **radius)
     if isinstance(settings, PPO):
         settings = replace(settings, **_PPO.get(environment, {}))  # pyright: ignore[reportArgumentType]
     return settings, setup
