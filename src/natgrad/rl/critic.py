@@ -11,6 +11,7 @@ from natgrad.likelihood import Gaussian
 from natgrad.metric import Exact, Fisher, Gram, Kronecker, Structure
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
+from natgrad.rl.checks import check_positive, check_whole
 from natgrad.rl.policy import Critic
 from natgrad.rl.rollout import Samples
 from natgrad.step import Damping, FactoredTikhonov, KLClip, Search
@@ -40,6 +41,10 @@ class CriticFit:
     average: float = 0.0
     refresh: Refresh = Refresh(1, 1)
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_whole(self, "epochs", "batch")
+        check_positive(self, "lr")
 
     @classmethod
     def kfac(cls) -> CriticFit:

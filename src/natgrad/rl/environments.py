@@ -40,7 +40,7 @@ def make(
     """
     if isinstance(environment, VectorEnv):
         return environment
-    if isinstance(environment, gym.Env) or not (isinstance(environment, str) or callable(environment)):
+    if not (isinstance(environment, str) or callable(environment)):
         raise ArgumentError(
             f"environment is {environment!r}, but copies are made of it: give a function that makes one, such as "
             "lambda: gymnasium.make('CartPole-v1'), an id, or a VectorEnv."
