@@ -304,13 +304,33 @@ def test_a_mask_for_actions_that_have_none_is_refused():
             rl.trpo(partial(Other, spaces.Box(-1, 1, (2,)), action), steps=32, setup=SMALL)
 
 
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
+def test_a_step_in_turn_is_that_of_gymnasium(name):
+    mine = rl.make(name, 3)
+    theirs = SyncVectorEnv([partial(gym.make, name)] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    for vector in (mine, theirs):
+        vector.action_space.seed(0)
+        vector.reset(seed=[1, 2, 3])
+    for _ in range(60):
+        action = mine.action_space.sample()
+        np.testing.assert_array_equal(action, theirs.action_space.sample())
+        found, expected = mine.step(action), theirs.step(action)
+        for x, y in zip(found[:4], expected[:4], strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+        done = found[2] | found[3]
+        if done.any():
+            again = [vector.reset(seed=[4, 5, 6], options={"reset_mask": done.copy()})[0] for vector in (mine, theirs)]
+            np.testing.assert_array_equal(*again)
+
+
 FAULTS = {
     "nan reward": "gave the reward nan in environment [01]",
     "infinite reward": "gave the reward inf in environment [01]",
     "huge reward": "gave the reward 1e[+]300",
     "nan observation": "an observation that is not finite",
     "infinite observation": "an observation that is not finite",
-    "shape": "raised .*Error in step",
+    "shape": "gave observations of shape|raised .*Error in step",
     "raise in step": "raised OSError in step: the simulator is gone",
     "raise in reset": "raised OSError in reset: the simulator is gone",
     "vector reward": "rewards of shape|raised .*Error in step",

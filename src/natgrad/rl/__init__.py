@@ -13,7 +13,7 @@ from natgrad.rl.acktr import ACKTR, acktr
 from natgrad.rl.advantage import advantages
 from natgrad.rl.algorithm import Algorithm, Learner, Setup
 from natgrad.rl.critic import CriticFit
-from natgrad.rl.environments import Environments, make
+from natgrad.rl.environments import Environments
 from natgrad.rl.evaluate import Evaluation, evaluate
 from natgrad.rl.npg import NPG, npg
 from natgrad.rl.policy import Critic, Policy, build
@@ -22,6 +22,7 @@ from natgrad.rl.spaces import head_for
 from natgrad.rl.store import load, save
 from natgrad.rl.training import Training
 from natgrad.rl.trpo import TRPO, trpo
+from natgrad.rl.vector import make
 
 __all__ = [
     "ACKTR",

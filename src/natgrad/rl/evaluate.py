@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from natgrad.errors import ArgumentError
-from natgrad.rl.environments import EnvironmentLike, Environments, Mode, make
+from natgrad.rl.environments import Environments
 from natgrad.rl.policy import Policy
+from natgrad.rl.vector import EnvironmentLike, Mode, make
 
 HELD_OUT = 1  # the stream of episodes that training never sees
 

@@ -17,11 +17,11 @@ from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
 from natgrad.rl.critic import CriticFit
-from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.objective import entropy, mean_kl, ratios, restore, saved
 from natgrad.rl.policy import Critic, Policy, check_apart
 from natgrad.rl.rollout import Samples
 from natgrad.rl.training import Training
+from natgrad.rl.vector import EnvironmentLike
 from natgrad.step import FactoredTikhonov, TrustRegion
 
 _ADAM_RATE = 3e-4

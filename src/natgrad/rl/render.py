@@ -15,9 +15,10 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 from natgrad.errors import ArgumentError, MissingExtraError, UnsupportedError
-from natgrad.rl.environments import EnvironmentLike, Environments, make
+from natgrad.rl.environments import Environments
 from natgrad.rl.evaluate import HELD_OUT
 from natgrad.rl.policy import Policy
+from natgrad.rl.vector import EnvironmentLike, make
 
 STRIP_FRAMES, STRIP_WIDTH = 6, 240
 MOVIE_FRAMES, MOVIE_WIDTH = 150, 320

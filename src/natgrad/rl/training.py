@@ -14,11 +14,12 @@ from torch import nn
 from natgrad.errors import ArgumentError, EnvironmentFault, NonFiniteError
 from natgrad.rl import checkpoint
 from natgrad.rl.algorithm import Algorithm, Setup
-from natgrad.rl.environments import EnvironmentLike, Environments, Mode, make
+from natgrad.rl.environments import Environments
 from natgrad.rl.objective import behaviour, entropy, explained_variance, mean_kl, surrogate
 from natgrad.rl.policy import Critic, Policy, build
 from natgrad.rl.rollout import Collector, Samples
 from natgrad.rl.spaces import head_for, observation_size
+from natgrad.rl.vector import EnvironmentLike, Mode, make
 
 RECENT = 20  # episodes whose mean is the return of a record
 Record = dict[str, float]

@@ -12,10 +12,10 @@ from natgrad.optim import TrustRegionNGD
 from natgrad.rl.algorithm import Setup
 from natgrad.rl.checks import check_finite, check_positive, check_whole
 from natgrad.rl.critic import CriticFit
-from natgrad.rl.environments import EnvironmentLike
 from natgrad.rl.one_step import OneStepLearner, solver_for
 from natgrad.rl.policy import Critic, Policy
 from natgrad.rl.training import Training
+from natgrad.rl.vector import EnvironmentLike
 from natgrad.step import Damping
 
 
