@@ -228,3 +228,9 @@ def test_numbers_are_never_cut_to_fit_the_terminal(width):
     assert "…" not in text and max(len(line) for line in text.splitlines()) <= width
     for row in found.summary:
         assert f"{row.train_loss:.4g}" in text
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "natgrad", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "compare" in done.stdout

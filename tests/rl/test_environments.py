@@ -412,6 +412,13 @@ def test_discrete_actions_cannot_be_squashed(action):
         rl.Training(made, rl.TRPO(), steps=10, setup=rl.Setup(environments=2, horizon=16, squashed=True))
 
 
+@pytest.mark.parametrize("action", [spaces.Discrete(2), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)])
+def test_discrete_actions_have_no_scale(action):
+    made = partial(Spaces, spaces.Box(-1, 1, (2,)), action)
+    with pytest.raises(ArgumentError, match="state_dependent_scale is about σ"):
+        rl.Training(made, rl.TRPO(), steps=10, setup=rl.Setup(environments=2, horizon=16, state_dependent_scale=True))
+
+
 def test_networks_that_do_not_fit_the_environment_are_refused():
     three = rl.build(4, rl.head_for(spaces.Discrete(3, start=4)))
     with pytest.raises(ArgumentError, match=r"CategoricalHead.* gives actions such as .*CartPole-v1 are Discrete\(2\)"):

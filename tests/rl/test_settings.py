@@ -30,11 +30,11 @@ BAD: list[tuple[Any, str, list[Any]]] = [
     (rl.CriticFit, "epochs", [0, -3, 1.5, None]),
     (rl.CriticFit, "batch", [0, 64.0]),
     (rl.CriticFit, "lr", [0.0, -1.0, NAN]),
-    (rl.PPO, "epochs", [0, -1]),
+    (rl.PPO, "epochs", [0, -1, 2.5, "10"]),
     (rl.PPO, "batch", [0, -1]),
     (rl.PPO, "entropy", [NAN, INF]),
-    (rl.PPO, "clip", [0.0, -0.2, NAN]),
-    (rl.PPO, "step_kl", [0.0, NAN]),
+    (rl.PPO, "clip", [0.0, -0.2, NAN, "0.2"]),
+    (rl.PPO, "step_kl", [0.0, NAN, None]),
 ]
 GOOD: list[tuple[Any, str, list[Any]]] = [
     (rl.Setup, "environments", [1, np.int64(3)]),

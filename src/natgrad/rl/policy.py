@@ -177,9 +177,16 @@ def build(
         normalise: whether observations are normalised by their running moments.
         state_dependent_scale: whether σ of a Gaussian head is given by the network.
         log_scale: the first log σ.
+
+    Raises:
+        ArgumentError: ``state_dependent_scale`` for a head that has no σ.
     """
     normaliser = RunningMoments(size) if normalise else Unchanged()
     gaussian = isinstance(head, GaussianHead)
+    if state_dependent_scale and not gaussian:
+        raise ArgumentError(
+            f"state_dependent_scale is about σ of continuous actions, and {type(head).__name__} has none: leave it out."
+        )
     free = gaussian and not state_dependent_scale
     outputs = head.outputs // 2 if free else head.outputs
     make: Callable[..., Any] = perceptron

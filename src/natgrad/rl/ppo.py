@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from natgrad.metric import EigenKronecker, Exact, Fisher, Kronecker, MonteCarlo,
 from natgrad.metric.running import Refresh
 from natgrad.optim import NaturalGradient
 from natgrad.rl.algorithm import Setup
+from natgrad.rl.checks import check_finite, check_positive, check_whole
 from natgrad.rl.critic import CriticFit
 from natgrad.rl.objective import entropy, mean_kl, ratios, restore, saved
 from natgrad.rl.policy import Critic, Policy, check_apart
@@ -67,15 +67,11 @@ class PPO:
     def __post_init__(self) -> None:
         if self.clip is None and self.penalty is None and self.max_kl is None:
             raise ArgumentError("Nothing would hold the policy back: give clip, penalty or max_kl.")
-        for name in ("clip", "penalty", "max_kl", "target_kl", "lr", "gradient_norm", "step_kl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ArgumentError(f"{name} must be positive, got {value}.")
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not math.isfinite(self.entropy):
-            raise ArgumentError(f"entropy must be a finite number, got {self.entropy}.")
+        limits = ("clip", "penalty", "max_kl", "target_kl", "lr")
+        check_positive(self, *(name for name in limits if getattr(self, name) is not None))
+        check_positive(self, "gradient_norm", "step_kl")
+        check_whole(self, "epochs", "batch")
+        check_finite(self, "entropy")
 
     def learner(self, policy: Policy, critic: Critic, seed: int) -> PPOLearner:
         """Start learning."""
