@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint as kinds
 from torch.utils.checkpoint import checkpoint
 
 from natgrad.errors import StaleTapeError, UnsupportedError
@@ -156,3 +159,33 @@ def test_jacobian_products_through_activation_checkpointing():
 
 def model_directions(model):
     return {name: torch.cos(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_replays_that_overlap_in_threads_leave_no_setting_behind():
+    """What began second ends last, and would put back what the first had set, were the settings not counted."""
+    started, other_began = threading.Event(), threading.Event()
+
+    class Waits(nn.Linear):
+        def forward(self, x):
+            if threading.current_thread() is first:
+                started.set()
+                assert other_began.wait(20)
+            else:
+                other_began.set()
+                first.join(20)
+            return super().forward(x)
+
+    def settings():
+        kernels = [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()]
+        return kernels, eval_frame._stance.stance, kinds.CheckpointFunction
+
+    model, before = Waits(2, 2), settings()
+    x = torch.ones(3, 2)
+    first = threading.Thread(target=lambda: Pass(model, (x,), {}).run())
+    second = threading.Thread(target=lambda: Pass(model, (x,), {}).run())
+    first.start()
+    assert started.wait(20)
+    second.start()
+    first.join(20)
+    second.join(20)
+    assert settings() == before

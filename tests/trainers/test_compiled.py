@@ -148,19 +148,8 @@ def test_compiled_training_is_that_of_the_plain_model(trainer):
     torch._dynamo.reset()  # other tests may have compiled torch's own modules as often as the compiler allows
     counters.clear()
     model, optimizer = TRAINERS[trainer](True)
-    compiled = counters["aot_autograd"]["ok"]
+    assert counters["aot_autograd"]["ok"] >= 1  # something was compiled
     assert [row.reason for row in optimizer.coverage()] == [row.reason for row in reference.coverage()]
     exact = next(plain.parameters()).dtype == torch.float64
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, **({"rtol": 1e-9, "atol": 1e-11} if exact else {"rtol": 1e-3, "atol": 1e-5}))
-    if not compiled:
-        assert not torch_compiles(), f"{trainer} compiled nothing: {dict(counters)}"
-        pytest.skip("torch.compile compiles nothing in this process: only that training is the same was seen")
-
-
-def torch_compiles() -> bool:
-    """Whether ``torch.compile`` compiles here: a surrounding mode or an environment variable can switch it off."""
-    torch._dynamo.reset()
-    before = counters["aot_autograd"]["ok"]
-    torch.compile(net(), backend=BACKEND)(X[:2]).sum().backward()
-    return counters["aot_autograd"]["ok"] > before

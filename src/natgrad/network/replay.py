@@ -21,8 +21,19 @@ from torch.utils import _pytree as pytree
 from natgrad.errors import StaleTapeError, UnsupportedError
 from natgrad.network.checkpointing import never_reentrant
 from natgrad.network.partition import trainable_parameters
+from natgrad.network.process_wide import ProcessWide
 from natgrad.network.tape import Tape, as_arguments, clearer, output_tensor, recording
 
+
+def _eager() -> AbstractContextManager[Any]:
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+# Compiled modules run as they were written: a compiled backward pass can be differentiated once only.
+_EAGER = ProcessWide(_eager)
+# Of the kernels of attention, this alone can be differentiated twice.
+_MATH_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+_NEVER_REENTRANT = ProcessWide(never_reentrant)
 _replaying: ContextVar[bool] = ContextVar("natgrad_replaying", default=False)
 
 
@@ -106,7 +117,7 @@ class Pass:
 
     def run(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The output at ``parameters`` (qualified name → tensor; those not given stay as they are)."""
-        with sdpa_kernel(SDPBackend.MATH):  # it alone can be differentiated twice
+        with _MATH_ATTENTION:
             return self._again(parameters)
 
     def tape(self) -> Tape:
@@ -126,7 +137,7 @@ class Pass:
         device = next(self.model.parameters()).device
         token = _replaying.set(True)
         try:
-            with self._conditions(device), _eager(), never_reentrant():
+            with self._conditions(device), _EAGER, _NEVER_REENTRANT:
                 output = functional_call(self.model, {**buffers, **(parameters or {})}, self.args, dict(self.kwargs))
         finally:
             _replaying.reset(token)
@@ -145,11 +156,6 @@ def _runs_compiled(module: nn.Module) -> bool:
     forward = getattr(module, "forward", None)  # compiled by itself, or that of what torch.compile(module) returns
     compiled = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
     return compiled or module._compiled_call_impl is not None
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled modules run as they were written: a compiled backward pass can be differentiated once only."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def full_precision(device: torch.device) -> torch.autocast:
