@@ -8,6 +8,8 @@ import typer
 
 from natgrad.cli.compare import compare
 from natgrad.cli.doctor import doctor
+from natgrad.cli.inspect import inspect
+from natgrad.cli.plan import plan
 from natgrad.cli.rl import rl
 from natgrad.cli.tasks import tasks
 
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(tasks)
+app.command()(inspect)
+app.command()(plan)
 app.command()(rl)
 app.command()(doctor)
 

@@ -45,6 +45,11 @@ def load_user_task(reference: str) -> Task:
     The function takes no arguments and returns a Task, or (model, likelihood, train, test) where model is a module
     (every seed then starts from its weights) or a function seed -> module, and train and test are (inputs, targets).
     """
+    return as_task(reference, *call_user(reference))
+
+
+def call_user(reference: str) -> tuple[Any, Any]:
+    """The user's function, and what it returns without arguments; ``file.py:function`` is one of a file."""
     module_name, _, function_name = reference.partition(":")
     function = _find(reference, module_name, function_name)
     try:
@@ -54,11 +59,15 @@ def load_user_task(reference: str) -> Task:
     except ValueError:  # some built-in callables have no signature; calling tells
         pass
     try:
-        made = function()
+        return function, function()
     except Exception as error:  # the user's code may raise anything
         detail = " ".join(str(error).split())
         reason = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
         raise ArgumentError(f"{reference} failed{_line_of(error)}: {reason}") from error
+
+
+def as_task(reference: str, function: Any, made: Any) -> Task:
+    """What a user's function returned, as a task."""
     if isinstance(made, Task):
         return made
     if not isinstance(made, tuple) or len(made) != 4:
@@ -96,6 +105,11 @@ def _find(reference: str, module_name: str, function_name: str) -> Any:
             f"{reference!r} is not module:function, e.g. mymodule:task for `def task()` in mymodule.py."
         )
     here = os.getcwd()
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        if not path.is_file():
+            raise ArgumentError(f"There is no file {module_name!r} in {here}.")
+        here, module_name = str(path.resolve().parent), path.stem
     if here not in sys.path:
         sys.path.insert(0, here)
     try:

@@ -1,0 +1,253 @@
+"""What every structure costs: operations of statistics, refresh, application and search, and bytes held meanwhile.
+
+For a layer with N rows (examples times positions), inputs n (bias included) and outputs m, in operations::
+
+    forward, input gradient, weight gradient      2Nmn each
+    K-FAC       statistics 2N(n² + m²)            refresh n³ + m³          application 2mn(m + n)
+    EKFAC       and 2N(n² + m²) + 2Nmn            eigh of both, rotations  application 4mn(m + n)
+    diagonal    2Nmn                              1/x                      mn
+    block       2N(mn)²  for N examples           (mn)³                    2(mn)²
+    Gram        2N²(n + m), with positions 2Nmn + 2N²mn for N examples; then N³
+    products    one is two forward and two backward passes' worth of 2Nmn for each of k iterations
+
+Sampled labels add a backward pass to the layers' outputs. Wide symmetric products are computed to 5/8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from natgrad.metric import BlockDiagonal, Dense, Diagonal, EigenKronecker, Gram, Kronecker, MatrixFree, Structure
+from natgrad.plan.layers import Layer, Passes
+from natgrad.plan.shapes import BlockShapes
+from natgrad.plan.work import Work, eigh, gemm, gram, inverse, memory, repeated
+
+_CHUNK = 64 * 2**20
+_KEPT = 256 * 2**20
+# Passes over a moment until it is in its average: mean, check that it is finite, selection, weighted sum.
+_AVERAGING = 9
+# Passes over the parameters of every step: packing, unpacking, inner products, the update itself.
+_STEPPING = 14
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a structure adds to a step.
+
+    Args:
+        statistics: whenever statistics are due.
+        refresh: whenever inverses are due; one entry per block, since blocks may be renewed at different steps.
+        each: at every step.
+        transient: bytes held during a step beyond the state, the gradients and what autograd holds.
+    """
+
+    statistics: Work
+    refresh: tuple[Work, ...]
+    each: Work
+    transient: int
+
+    @property
+    def all_refresh(self) -> Work:
+        return tuple(o for part in self.refresh for o in part)
+
+
+def layer_statistics(layer: Layer, structure: Structure) -> Work:
+    """What a structure computes of one layer's inputs and output gradients."""
+    g, rows = layer.geometry, layer.rows
+    if not g.groups:
+        return (memory(rows * g.inputs, 6),)
+    if isinstance(structure, Diagonal):
+        return _squares(layer)
+    if isinstance(structure, (Gram, MatrixFree)):
+        return ()
+    if isinstance(structure, Dense):  # its rows; the product is the block's
+        return (gemm(layer.positions, g.outputs, g.inputs, count=layer.examples * g.groups),)
+    assert isinstance(structure, Kronecker)
+    used = layer.examples if structure.sharing == "reduce" else rows
+    work = [gram(used, g.outputs, count=g.groups), memory(rows * (g.outputs + g.inputs) * g.groups, 2)]
+    if g.embedding:
+        work.append(memory(g.inputs + rows, 2))
+    else:
+        work.append(gram(used, g.inputs, count=g.groups))
+    if isinstance(structure, EigenKronecker):
+        work.extend(_projections(layer))
+    return tuple(work)
+
+
+def _squares(layer: Layer) -> Work:
+    """``Σ_n r_n²``: a product of squares where an example is one row, else of every example's matrix."""
+    g, examples = layer.geometry, layer.examples
+    if g.embedding:
+        return (memory(examples * g.cell.size, 3),)
+    if layer.positions == 1:
+        entries = layer.rows * (g.inputs + g.outputs) * g.groups
+        return (gemm(g.outputs, layer.rows, g.inputs, count=g.groups), memory(entries, 2))
+    return (
+        gemm(g.outputs, layer.positions, g.inputs, count=examples * g.groups),
+        memory(examples * g.cell.size, 4),
+    )
+
+
+def _projections(layer: Layer) -> Work:
+    """Rows along the eigenbasis, and their squares."""
+    g, rows = layer.geometry, layer.rows
+    sides = [gemm(rows, g.outputs, g.outputs, count=g.groups)]
+    if not g.embedding:
+        sides.append(gemm(rows, g.inputs, g.inputs, count=g.groups))
+    return (*sides, *_squares(layer))
+
+
+def block_refresh(shapes: BlockShapes, structure: Structure) -> Work:
+    """The new inverse of one block."""
+    averages, size = shapes.averages, shapes.dtype.itemsize
+    if "matrix" in averages:
+        n = averages["matrix"][0]
+        return (inverse(n, itemsize=size), memory(n * n, 4, itemsize=size))
+    if "diagonal" in averages:
+        return (memory(averages["diagonal"].numel(), 5, itemsize=size),)
+    inputs, outputs = averages["input"], averages["output"]
+    factors = [outputs] if len(inputs) == 1 else [inputs, outputs]
+    work = []
+    for shape in factors:
+        n, groups = shape[-1], shape[:-2].numel()
+        if isinstance(structure, EigenKronecker):
+            work += [eigh(n, count=groups, itemsize=size), gemm(n, n, n, count=groups, itemsize=size)]
+            work += [gemm(n, n, shapes.averages["eigenvalues"].numel() // (n * groups), count=groups, itemsize=size)]
+        else:
+            work += [inverse(n, count=groups, itemsize=size)]
+        work += [memory(n * n * groups, 6, itemsize=size)]
+    return tuple(work)
+
+
+def block_application(shapes: BlockShapes) -> Work:
+    """One product of the inverse with a vector."""
+    averages, size = shapes.averages, shapes.dtype.itemsize
+    if "matrix" in averages:
+        return (memory(averages["matrix"].numel(), 2, itemsize=size),)
+    if "diagonal" in averages:
+        return (memory(averages["diagonal"].numel(), 3, itemsize=size),)
+    inputs, outputs = averages["input"], averages["output"]
+    m, n, groups = outputs[-1], inputs[-1], outputs[:-2].numel()
+    times = 2 if shapes.bases else 1
+    work = [gemm(m, m, n, count=times * groups, itemsize=size)]
+    if len(inputs) == 1:  # tokens are rows
+        work = [gemm(n, m, m, count=times * groups, itemsize=size)]
+    else:
+        work += [gemm(m, n, n, count=times * groups, itemsize=size)]
+    return (*work, memory(m * n * groups, 3, itemsize=size))
+
+
+def fit_of(passes: Passes) -> Work:
+    """``QuadraticFit``: a forward pass with the tangents of two vectors, each two products a layer."""
+    tangents = repeated(passes.forward, 2 * 2)
+    return (*passes.forward, *tangents)
+
+
+def costs_of(
+    passes: Passes,
+    shapes: Sequence[BlockShapes],
+    structure: Structure,
+    *,
+    fraction: float = 1.0,
+    iterations: int = 20,
+    fitted: bool = False,
+) -> Costs:
+    """Everything that ``structure`` adds to a step on these passes.
+
+    Args:
+        passes: forward and backward pass.
+        shapes: what the structure keeps (of the same model).
+        structure: what is estimated.
+        fraction: part of the rows that statistics are taken of.
+        iterations: products that conjugate gradients take (matrix-free).
+        fitted: whether the search is ``QuadraticFit``; otherwise it takes one product with the metric.
+    """
+    size = sum(layer.geometry.cell.size for layer in passes.layers)
+    stepping = (memory(size, _STEPPING),)
+    search = fit_of(passes) if fitted else ()
+    sampled = (*passes.sampled, memory(passes.outputs, 12))
+    if isinstance(structure, MatrixFree):
+        product = (*repeated(passes.forward, 2), *passes.backward, memory(size, 6))
+        each = (*passes.forward, *passes.backward, *repeated(product, iterations), *stepping, *search)
+        return Costs((), (), each, _transient_products(passes, size))
+    if isinstance(structure, Gram):
+        return Costs((), (), (*sampled, *_gram(passes), *stepping, *search), _transient_gram(passes, size))
+    own = [o for layer in passes.layers for o in layer_statistics(layer, structure)]
+    if isinstance(structure, Dense):
+        own += [gram(passes.layers[0].examples, s.averages["matrix"][0]) for s in shapes]
+    moments = sum(s.entries for s in shapes)
+    statistics = (*repeated((*sampled, *own), fraction), memory(moments, _AVERAGING))
+    application = tuple(o for s in shapes for o in block_application(s))
+    each = (*application, *stepping, *(search if fitted else application))
+    refresh = tuple(block_refresh(s, structure) for s in shapes)
+    return Costs(statistics, refresh, each, _transient_moments(passes, shapes, structure, size, fraction))
+
+
+def _gram(passes: Passes) -> Work:
+    """The Gram matrix, its Cholesky factor, and two products with the rows."""
+    work = []
+    for layer in passes.layers:
+        g, n = layer.geometry, layer.examples
+        if not g.groups:
+            work += [gram(g.inputs, n), memory(n * g.inputs, 6)]
+        elif layer.positions == 1 and not g.embedding:
+            work += [gram(g.inputs, n, count=g.groups), gram(g.outputs, n, count=g.groups)]
+            work += [gemm(n, g.inputs, g.outputs, count=2 * g.groups)]
+        elif g.embedding:
+            work += [gemm(layer.rows, g.outputs, layer.rows), memory(layer.rows**2, 4)]
+        else:
+            work += [gemm(g.outputs, layer.positions, g.inputs, count=n * g.groups), gram(g.cell.size, n)]
+            work += [memory(n * g.cell.size, 3)]
+        work.append(memory(n * n, 3))
+    n = passes.layers[0].examples
+    return (*work, inverse(n))
+
+
+def _transient_moments(
+    passes: Passes, shapes: Sequence[BlockShapes], structure: Structure, size: int, fraction: float
+) -> int:
+    """The larger of: rows of all layers beside the moments of the batch; those moments, their means and new averages;
+    new inverses beside the old ones; vectors of a step."""
+    item = shapes[0].dtype.itemsize
+    moments = sum(s.entries for s in shapes) * item
+    largest = max(s.entries for s in shapes) * item
+    seen = rows_bytes(passes, item) * fraction + passes.outputs * item * 2
+    if isinstance(structure, (Diagonal, EigenKronecker)):
+        seen += min(_CHUNK, max(layer.examples * layer.geometry.cell.size for layer in passes.layers) * item)
+    if isinstance(structure, Dense):
+        seen += passes.layers[0].examples * size * item * 2
+    inverses = sum(shape.numel() for s in shapes for shape in (*s.inverse, *s.bases)) * item
+    return int(max(seen + moments, 2 * moments + 2 * largest, inverses + 2 * largest) + 4 * size * item)
+
+
+def rows_bytes(passes: Passes, item: int) -> int:
+    """Inputs with their homogeneous coordinate, and output gradients, of all layers."""
+    total = 0
+    for layer in passes.layers:
+        g = layer.geometry
+        if g.groups:
+            total += layer.rows * g.groups * (g.outputs + (0 if g.embedding else g.inputs))
+        else:
+            total += layer.examples * g.inputs
+    return total * item
+
+
+def _transient_gram(passes: Passes, size: int) -> int:
+    n, formed = passes.layers[0].examples, 0
+    for layer in passes.layers:
+        rows = n * layer.geometry.cell.size * 4
+        formed += rows if layer.positions > 1 and rows <= _KEPT else 0
+    return int(rows_bytes(passes, 4) + formed + 3 * 4 * n * n + 4 * 4 * size)
+
+
+def _transient_products(passes: Passes, size: int) -> int:
+    """A second graph of the pass, and the vectors of conjugate gradients."""
+    held = sum(layer.rows * max(1, layer.geometry.outputs * layer.geometry.groups) for layer in passes.layers)
+    return int(4 * (3 * held + 8 * size))
+
+
+__all__ = [
+    "BlockDiagonal", "Costs", "block_application", "block_refresh", "costs_of", "fit_of", "layer_statistics",
+    "rows_bytes",
+]  # fmt: skip

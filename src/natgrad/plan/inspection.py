@@ -1,0 +1,218 @@
+"""What an optimizer would do with every layer of a model, why, and at what cost; from types, or from a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from natgrad.errors import ArgumentError
+from natgrad.likelihood import Categorical
+from natgrad.metric import Fisher, MonteCarlo, Structure
+from natgrad.network import as_arguments, output_tensor, recording
+from natgrad.plan.costs import block_application, block_refresh, layer_statistics
+from natgrad.plan.layers import Layer, Passes, assumed, seen
+from natgrad.plan.methods import Method, method_of
+from natgrad.plan.shapes import BlockShapes, block_shapes, geometries, on_meta
+from natgrad.plan.work import flops_of
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer, or one parameter that no layer's rule serves.
+
+    Attributes:
+        name: qualified name.
+        type: class of the module that owns the parameters.
+        parameters: how many numbers.
+        treatment: the structure it gets.
+        reason: why, where that is not what was asked for.
+        covered: whether a layer rule serves it.
+        factors: sizes of what is kept: Kronecker factors, or the length of a diagonal.
+        rows: examples times positions that the layer sees.
+        state: bytes of averages, bases and inverses; those of a block of several layers stand with its first.
+        statistics, refresh, application: operations of one update of statistics, one renewal of the inverse and one
+            application to a gradient.
+    """
+
+    name: str
+    type: str
+    parameters: int
+    treatment: str
+    reason: str
+    covered: bool
+    factors: str
+    rows: int
+    state: int
+    statistics: float
+    refresh: float
+    application: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All layers under one structure.
+
+    Attributes:
+        model: class of the model.
+        structure: the structure.
+        batch, tokens: examples and positions that rows and operations are counted for.
+        layers: one row per layer.
+        state: bytes of curvature, of all layers together.
+        frozen: parameters that are not trained, and are left alone.
+        seen: whether rows were found by running the model; otherwise every layer counts batch times tokens.
+    """
+
+    model: str
+    structure: str
+    batch: int
+    tokens: int
+    layers: tuple[LayerRow, ...]
+    state: int
+    frozen: int
+    seen: bool
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(row.parameters for row in self.layers)
+
+    @property
+    def uncovered(self) -> tuple[LayerRow, ...]:
+        """What no layer rule serves."""
+        return tuple(row for row in self.layers if not row.covered)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with totals."""
+        return {**asdict(self), "parameters": self.parameters, "uncovered": [row.name for row in self.uncovered]}
+
+
+def inspect(
+    model: nn.Module,
+    structure: Structure | str = "kfac",
+    *,
+    batch: int | None = None,
+    tokens: int | None = None,
+    inputs: Any = None,
+) -> Inspection:
+    """What an optimizer with ``structure`` would do with every layer of ``model``, and what that costs.
+
+    Without ``inputs`` the table is what types tell, and works on a model under ``torch.device("meta")``. With them, a
+    model that has memory is run once, and its layers are compared with autograd, as at the first step of an optimizer:
+    that finds weights that are used past their module. Its buffers and the random streams stay as they are.
+
+    Args:
+        model: the network.
+        structure: a structure, or its short name: kfac, ekfac, diagonal, block, gram, dense, matrix-free.
+        batch, tokens: examples, and positions of each that share weights; 1 by default. Not with ``inputs``.
+        inputs: a batch, as the model takes it (a tensor, a tuple, or a mapping of keyword arguments).
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or a block too large for a dense structure.
+    """
+    method = method_of(structure)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model={type(model).__name__} was given; it must be a torch.nn.Module.")
+    meta, passes = passes_of(model, batch, tokens, inputs)
+    uncovered = examined(model, method.structure, inputs)
+    rows, state = _rows(meta, method, passes, uncovered)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    examples = passes.layers[0].examples
+    most = max(layer.positions for layer in passes.layers)
+    return Inspection(type(model).__name__, method.name, examples, most, rows, state, frozen, passes.seen)
+
+
+def passes_of(model: nn.Module, batch: int | None, tokens: int | None, inputs: Any = None) -> tuple[nn.Module, Passes]:
+    """The model without memory, and its passes on ``inputs``, or on ``batch`` times ``tokens`` rows."""
+    meta = on_meta(model)
+    found = geometries(meta)
+    if inputs is not None:
+        if batch is not None or tokens is not None:
+            raise ArgumentError("Give either inputs=, or batch= and tokens=, not both.")
+        return meta, seen(meta, found, inputs)
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ArgumentError(f"{name}={value!r} was given; it must be a whole number of at least 1.")
+    return meta, assumed(found, batch or 1, tokens or 1)
+
+
+def examined(model: nn.Module, structure: Structure, inputs: Any) -> dict[str, str]:
+    """Parameters that a pass shows no layer rule may serve, with the reason; none where model or inputs have no memory.
+
+    The model's buffers, its gradients and the global random streams are left as they are.
+    """
+    leaves = [t for t in pytree.tree_leaves(as_arguments(inputs)) if isinstance(t, torch.Tensor)]
+    if inputs is None or any(t.is_meta for t in (*leaves, *model.parameters())):
+        return {}
+    device = next(model.parameters()).device
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), as_arguments(inputs))
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), recording(model) as tape:
+            tape.output = output_tensor(model(*args, **kwargs))
+        if tape.output is None:
+            raise ArgumentError("The model's output is no tensor, and has no logits, so its layers cannot be checked.")
+        generator = torch.Generator(device=device).manual_seed(0)
+        return Fisher(MonteCarlo(), structure).examine(tape, Categorical(), generator)
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+
+
+def _rows(
+    meta: nn.Module, method: Method, passes: Passes, uncovered: Mapping[str, str]
+) -> tuple[tuple[LayerRow, ...], int]:
+    structure = method.structure
+    shapes = block_shapes(meta, structure, uncovered)
+    of = {name: kept for kept in shapes for name in kept.block.parameters}
+    layers = {name: layer for layer in passes.layers for name in layer.geometry.cell.parameters}
+    rows = []
+    for geometry in geometries(meta, uncovered):
+        cell = geometry.cell
+        layer = layers[cell.parameters[0]]
+        layer = Layer(geometry, layer.rows, layer.examples, layer.first)
+        treatment, reason = structure.reason(cell)
+        parts = [of[name] for name in cell.parameters if name in of and of[name].block.parameters[0] == name]
+        owner = cell.module if cell.module is not None else cell.parameters[0].rpartition(".")[0]
+        rows.append(
+            LayerRow(
+                cell.name,
+                type(meta.get_submodule(owner)).__name__,
+                cell.size,
+                treatment,
+                reason,
+                cell.module is not None,
+                _factors(parts, [of[n] for n in cell.parameters if n in of]),
+                layer.rows,
+                sum(p.bytes for p in parts),
+                flops_of(layer_statistics(layer, structure)),
+                sum(flops_of(block_refresh(p, structure)) for p in parts),
+                sum(flops_of(block_application(p)) for p in parts),
+            )
+        )
+    return tuple(rows), sum(kept.bytes for kept in shapes)
+
+
+def _factors(parts: list[BlockShapes], blocks: list[BlockShapes]) -> str:
+    """``257² × 10²``, with the number of matrices in front where there are several; ``diagonal 64``."""
+    if not parts:
+        return f"in {blocks[0].block.name}" if blocks else ""
+    texts = []
+    for kept in parts:
+        averages = kept.averages
+        if "matrix" in averages:
+            texts.append(f"{averages['matrix'][-1]}²")
+        elif "diagonal" in averages:
+            texts.append(f"diagonal {averages['diagonal'].numel()}")
+        else:
+            inputs, outputs = averages["input"], averages["output"]
+            groups = outputs[0] if len(outputs) == 3 and outputs[0] > 1 else 1
+            left = f"diagonal {inputs[-1]}" if len(inputs) == 1 else f"{inputs[-1]}²"
+            texts.append((f"{groups} of " if groups > 1 else "") + f"{left} × {outputs[-1]}²")
+    return ", ".join(texts)

@@ -1,0 +1,173 @@
+"""The shapes of what a structure keeps of each block, and of each layer's factors, found without any data.
+
+A structure is asked for its statistics of a batch without examples on a copy of the model whose tensors have shapes and
+no memory (the ``meta`` device). Layers that are taught to natgrad later are thereby measured as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from natgrad.errors import ArgumentError, UnsupportedError
+from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure
+from natgrad.network import Block, Cell, EmptyTape, Partition, cells, trainable_parameters
+
+Shapes = Mapping[str, torch.Size]
+Uncovered = Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class BlockShapes:
+    """What is kept of one block between steps.
+
+    Args:
+        block: the block.
+        averages: shape of each running average, by kind (``"input"``, ``"output"``, ``"eigenvalues"``, ``"diagonal"``,
+            ``"matrix"``).
+        bases: shapes of the eigenbases.
+        inverse: shapes of the tensors of the inverse that are not bases.
+        dtype: of all of them.
+    """
+
+    block: Block
+    averages: Shapes
+    bases: tuple[torch.Size, ...]
+    inverse: tuple[torch.Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the averages."""
+        return sum(shape.numel() for shape in self.averages.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of averages, of their weights (one number each), of bases and of the inverse."""
+        kept = (*self.averages.values(), *self.bases, *self.inverse)
+        return (sum(shape.numel() for shape in kept) + len(self.averages)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A cell as matrices: ``groups`` of them, ``[outputs, inputs]`` each, homogeneous coordinate included.
+
+    Args:
+        cell: whose parameters it is about.
+        inputs, outputs: sizes of the Kronecker factors; for a cell that is no matrix its size, and 1.
+        groups: number of matrices; 0 for a cell that is none.
+        embedding: whether the input factor is diagonal, as one-hot inputs have it.
+    """
+
+    cell: Cell
+    inputs: int
+    outputs: int
+    groups: int
+    embedding: bool = False
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers take no memory; the model itself where it has none either.
+
+    Raises:
+        ArgumentError: a parameter has no shape yet, there is none to train, or the model cannot be copied.
+    """
+    tensors = list(chain(model.parameters(), model.buffers()))
+    if any(is_lazy(t) for t in tensors):
+        raise ArgumentError("The model has lazy layers, whose shapes are not known yet. Run it once on a batch first.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ArgumentError("The model has no trainable parameters, so there is nothing to optimize.")
+    if all(t.is_meta for t in tensors):
+        return model
+    try:
+        memo = {id(t): _shape_of(t) for t in tensors}
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # a model may hold anything
+        raise ArgumentError(
+            f"The model {type(model).__name__} cannot be copied to look at its shapes ({type(error).__name__}: "
+            f"{error}). Build it under torch.device('meta') and give that."
+        ) from error
+
+
+def _shape_of(t: Tensor) -> Tensor:
+    empty = torch.empty_like(t, device="meta")
+    return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+
+
+def partition_of(model: nn.Module, structure: Structure, uncovered: Uncovered = None) -> Partition:
+    """The structure's blocks, as far as types tell, and with ``uncovered`` parameters left to no rule.
+
+    Raises:
+        ArgumentError: a block is too large for the structure.
+    """
+    return Partition(structure.blocks(cells(model, uncovered)), tuple(trainable_parameters(model)))
+
+
+def block_shapes(model: nn.Module, structure: Structure, uncovered: Uncovered = None) -> tuple[BlockShapes, ...]:
+    """What ``structure`` keeps of each block of ``model``, which is on the meta device; empty where it keeps nothing.
+
+    Raises:
+        ArgumentError: a block is too large for the structure.
+        UnsupportedError: the structure's state is not known here.
+    """
+    partition = partition_of(model, structure, uncovered)
+    if not structure.averaged:
+        return ()
+    values = _moments(model, structure, partition)
+    return tuple(_kept(block, values[block.name], structure) for block in partition.blocks)
+
+
+def geometries(model: nn.Module, uncovered: Uncovered = None) -> tuple[Geometry, ...]:
+    """Every cell of ``model``, which is on the meta device, as matrices."""
+    structure = Kronecker()
+    partition = partition_of(model, structure, uncovered)
+    values = _moments(model, structure, partition)
+    found = []
+    for block in partition.blocks:
+        (cell,), kinds = block.cells, values[block.name]
+        if "input" not in kinds:
+            found.append(Geometry(cell, cell.size, 1, 0))
+            continue
+        inputs, outputs = kinds["input"].shape, kinds["output"].shape
+        groups = outputs[0] if len(outputs) == 3 else 1
+        found.append(Geometry(cell, inputs[-1], outputs[-1], groups, embedding=len(inputs) == 1))
+    return tuple(found)
+
+
+def _moments(model: nn.Module, structure: Structure, partition: Partition) -> dict[str, dict[str, Tensor]]:
+    """The moments of a batch, by block and kind: shapes and dtypes without memory."""
+    # The eigenvalues of EKFAC wait for a basis, which no tensor without memory has; its factors are K-FAC's.
+    plain = Kronecker(structure.sharing) if isinstance(structure, EigenKronecker) else structure
+    like = next(model.parameters())
+    like = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+    found = plain.statistics(EmptyTape(model), Factor(like.expand(1, 0, 1), False, like, None), partition)
+    assert isinstance(found, Moments)
+    values = {name: {kind: m.sum for kind, m in kinds.items()} for name, kinds in found.values.items()}
+    # A batch without examples has no rows of what no layer serves; its rows are vectors of the block's length.
+    kind, square = ("matrix", 2) if isinstance(structure, Dense) else ("diagonal", 1)
+    return {b.name: values.get(b.name) or {kind: like.new_zeros((b.size,) * square)} for b in partition.blocks}
+
+
+def _kept(block: Block, moments: dict[str, Tensor], structure: Structure) -> BlockShapes:
+    averages, dtype = {kind: t.shape for kind, t in moments.items()}, next(iter(moments.values())).dtype
+    if set(averages) in ({"diagonal"}, {"matrix"}):
+        return BlockShapes(block, averages, (), tuple(averages.values()), dtype)
+    if set(averages) != {"input", "output"}:
+        raise UnsupportedError(
+            f"{structure.name} keeps {sorted(averages)} of block {block.name!r}, which cannot be predicted."
+        )
+    inputs, outputs = averages["input"], averages["output"]
+    if not isinstance(structure, EigenKronecker):
+        return BlockShapes(block, averages, (), (inputs, outputs), dtype)
+    if len(inputs) == 1:  # an embedding: tokens are rows, and their basis is the identity
+        values, bases = torch.Size((inputs[0], outputs[-1])), (outputs,)
+    else:
+        values, bases = torch.Size((*outputs[:-1], inputs[-1])), (outputs, inputs)
+    # The inverse has the bases of the averages, and eigenvalues of its own.
+    return BlockShapes(block, {**averages, "eigenvalues": values}, bases, (values,), dtype)
