@@ -48,6 +48,7 @@ from natgrad.optim import (
     TrustRegionNGD,
     natural_gradient,
 )
+from natgrad.planning import inspect, plan
 from natgrad.step import (
     Armijo,
     Constant,
@@ -112,8 +113,10 @@ __all__ = [
     "audit",
     "fisher",
     "hessian",
+    "inspect",
     "linalg",
     "load",
     "natural_gradient",
+    "plan",
     "save",
 ]

@@ -14,7 +14,7 @@ from rich.table import Table
 from natgrad.cli.console import clear_errors, errors, output
 
 if TYPE_CHECKING:
-    from natgrad.plan import Inspection, LayerRow
+    from natgrad.planning import Inspection, LayerRow
 
 NOT_COVERED = 1
 _MANY = 40  # layers beyond which equal ones of a stack are shown as one
@@ -54,13 +54,13 @@ def inspect(
     compared with autograd, which finds weights that are used past their module.
     """
     with clear_errors():
-        import natgrad.plan
+        import natgrad.planning
         from natgrad.cli.models import load_model
-        from natgrad.plan.methods import method_of
+        from natgrad.planning.methods import method_of
 
         method_of(structure)  # before the model, which may take long
         made, seen = load_model(model, batch, tokens, given, meta, real=True)
-        found = natgrad.plan.inspect(made, structure, **seen)
+        found = natgrad.planning.inspect(made, structure, **seen)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
@@ -103,14 +103,14 @@ def _treatment(row: LayerRow) -> str:
 
 
 def _numbers(row: LayerRow) -> tuple[str, ...]:
-    from natgrad.plan.planner import size_text
+    from natgrad.planning.planner import size_text
 
     work = (row.statistics, row.refresh, row.application)
     return f"{row.parameters:,}", f"{row.rows:,}", size_text(row.state), *(flops_text(f) for f in work)
 
 
 def _totals(found: Inspection) -> str:
-    from natgrad.plan.planner import size_text
+    from natgrad.planning.planner import size_text
 
     work = [sum(getattr(row, kind) for row in found.layers) for kind in ("statistics", "refresh", "application")]
     text = (

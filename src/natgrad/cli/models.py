@@ -18,7 +18,7 @@ from natgrad.tasks.task import take
 def load_model(
     reference: str, batch: int | None, tokens: int | None, given: str | None, meta: bool, real: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and ``batch=`` and ``tokens=``, or ``inputs=``, for :func:`natgrad.plan.plan`.
+    """The model, and ``batch=`` and ``tokens=``, or ``inputs=``, for :func:`natgrad.planning.plan`.
 
     Args:
         reference: ``module:function``, ``module:Class`` or ``file.py:function`` of the current folder, called without

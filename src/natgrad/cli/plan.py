@@ -17,7 +17,7 @@ from natgrad.cli.inspect import AsJson, Batch, Input, Meta, Model, Tokens
 from natgrad.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from natgrad.plan import Choice, Plan
+    from natgrad.planning import Choice, Plan
 
 
 def plan(
@@ -44,14 +44,14 @@ def plan(
     cached. With --meta a model far larger than this machine's memory is planned.
     """
     with clear_errors():
-        import natgrad.plan
+        import natgrad.planning
         from natgrad.cli.compare import set_threads
         from natgrad.cli.models import load_model
 
         overhead = None if max_overhead is None else share(max_overhead)
         set_threads(threads)
         made, seen = load_model(model, batch, tokens, given, meta)
-        found = natgrad.plan.plan(made, **seen, max_overhead=overhead, max_memory=max_memory, profile=profile)
+        found = natgrad.planning.plan(made, **seen, max_overhead=overhead, max_memory=max_memory, profile=profile)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
@@ -71,7 +71,7 @@ def share(text: str) -> float:
 
 
 def _show(name: str, found: Plan) -> None:
-    from natgrad.plan.planner import size_text
+    from natgrad.planning.planner import size_text
 
     console = output()
     tokens = f" × {found.tokens} positions" if found.tokens > 1 else ""
@@ -105,7 +105,7 @@ def _show(name: str, found: Plan) -> None:
 
 
 def _numbers(choice: Choice) -> tuple[str, ...]:
-    from natgrad.plan.planner import size_text
+    from natgrad.planning.planner import size_text
 
     if not math.isfinite(choice.ratio):
         return ("–",) * 9

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from natgrad.metric import BlockDiagonal, Dense, Diagonal, EigenKronecker, Gram, Kronecker, MatrixFree, Structure
-from natgrad.plan.layers import Layer, Passes
-from natgrad.plan.shapes import BlockShapes
-from natgrad.plan.work import Work, eigh, gemm, gram, inverse, memory, repeated
+from natgrad.planning.layers import Layer, Passes
+from natgrad.planning.shapes import BlockShapes
+from natgrad.planning.work import Work, eigh, gemm, gram, inverse, memory, repeated
 
 _CHUNK = 64 * 2**20
 _KEPT = 256 * 2**20

@@ -8,9 +8,9 @@ from planned import PRESETS, held, single, stepped, wide
 from torch import nn
 
 import natgrad as ng
-from natgrad.plan import plan
-from natgrad.plan.profile import Profile
-from natgrad.plan.shapes import block_shapes, geometries, on_meta
+from natgrad.planning import plan
+from natgrad.planning.profile import Profile
+from natgrad.planning.shapes import block_shapes, geometries, on_meta
 from natgrad.testing.zoo import Case, case
 
 RATES = {"16": 1e-4, "1024": 1e-2}

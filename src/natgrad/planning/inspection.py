@@ -14,11 +14,11 @@ from natgrad.errors import ArgumentError
 from natgrad.likelihood import Categorical
 from natgrad.metric import Fisher, MonteCarlo, Structure
 from natgrad.network import as_arguments, output_tensor, recording
-from natgrad.plan.costs import block_application, block_refresh, layer_statistics
-from natgrad.plan.layers import Layer, Passes, assumed, seen
-from natgrad.plan.methods import Method, method_of
-from natgrad.plan.shapes import BlockShapes, block_shapes, geometries, on_meta
-from natgrad.plan.work import flops_of
+from natgrad.planning.costs import block_application, block_refresh, layer_statistics
+from natgrad.planning.layers import Layer, Passes, assumed, seen
+from natgrad.planning.methods import Method, method_of
+from natgrad.planning.shapes import BlockShapes, block_shapes, geometries, on_meta
+from natgrad.planning.work import flops_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from natgrad.errors import ArgumentError
 from natgrad.network import EmbeddingRows, LinearRows, Rows, Tape, as_arguments, output_tensor, recording
-from natgrad.plan.shapes import Geometry
-from natgrad.plan.work import Operation, Work, gemm, memory
+from natgrad.planning.shapes import Geometry
+from natgrad.planning.work import Operation, Work, gemm, memory
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 # Elementwise passes over a layer's output in forward and backward where no pass was seen: activation and its gradient,

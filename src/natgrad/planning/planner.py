@@ -14,13 +14,13 @@ from torch import nn
 
 from natgrad.errors import ArgumentError
 from natgrad.metric import Kronecker
-from natgrad.plan.costs import Costs, costs_of
-from natgrad.plan.inspection import examined, passes_of
-from natgrad.plan.layers import Passes
-from natgrad.plan.methods import METHODS, Method
-from natgrad.plan.profile import Profile, profile_of
-from natgrad.plan.shapes import BlockShapes, block_shapes
-from natgrad.plan.work import memory
+from natgrad.planning.costs import Costs, costs_of
+from natgrad.planning.inspection import examined, passes_of
+from natgrad.planning.layers import Passes
+from natgrad.planning.methods import METHODS, Method
+from natgrad.planning.profile import Profile, profile_of
+from natgrad.planning.shapes import BlockShapes, block_shapes
+from natgrad.planning.work import memory
 
 _INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 _SGD_PASSES = 5  # with momentum: gradient, buffer twice, parameter twice

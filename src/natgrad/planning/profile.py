@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from natgrad.errors import ArgumentError
-from natgrad.plan.work import Operation
+from natgrad.planning.work import Operation
 
 VERSION = 1
 """Of the file's contents; a profile of another version is measured anew."""
