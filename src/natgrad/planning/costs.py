@@ -62,7 +62,10 @@ def layer_statistics(layer: Layer, structure: Structure) -> Work:
     if isinstance(structure, (Gram, MatrixFree)):
         return ()
     if isinstance(structure, Dense):  # its rows; the product is the block's
-        return (gemm(layer.positions, g.outputs, g.inputs, count=layer.examples * g.groups),)
+        entries = memory(layer.examples * g.cell.size, 3)
+        if layer.positions == 1 or g.embedding:
+            return (entries,)
+        return (gemm(g.outputs, layer.positions, g.inputs, count=layer.examples * g.groups), entries)
     assert isinstance(structure, Kronecker)
     used = layer.examples if structure.sharing == "reduce" else rows
     work = [gram(used, g.outputs, count=g.groups), memory(rows * (g.outputs + g.inputs) * g.groups, 2)]
@@ -175,7 +178,8 @@ def costs_of(
         return Costs((), (), (*sampled, *_gram(passes), *stepping, *search), _transient_gram(passes, size))
     own = [o for layer in passes.layers for o in layer_statistics(layer, structure)]
     if isinstance(structure, Dense):
-        own += [gram(passes.layers[0].examples, s.averages["matrix"][0]) for s in shapes]
+        sides = [s.averages["matrix"][0] for s in shapes]
+        own += [gemm(n, passes.layers[0].examples, n) for n in sides]
     moments = sum(s.entries for s in shapes)
     statistics = (*repeated((*sampled, *own), fraction), memory(moments, _AVERAGING))
     application = tuple(o for s in shapes for o in block_application(s))
