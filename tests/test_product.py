@@ -93,11 +93,6 @@ def test_every_model(model, estimate, structure, generator):
 # Parameters that no layer rule can serve: everything else must be served by one, or large models become slow.
 WITHOUT_RULE = {
     "raw_parameter": {"gain", "temperature"},
-    "shared_parameter": {"first.weight", "first.bias", "second.bias"},
-    "multihead": {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
-    "encoder_layer": {
-        f"0.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    },
     "lstm": {f"lstm.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     "tied_head": {"embedding.weight"},
     "positional": {"position.weight"},

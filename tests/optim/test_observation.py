@@ -346,12 +346,8 @@ def test_the_step_is_exact_where_hooks_alone_would_be_wrong(name):
 @pytest.mark.parametrize(
     ("name", "parameter", "reason"),
     [
-        ("multihead", "attention.in_proj_weight", "MultiheadAttention"),
-        ("multihead", "attention.out_proj.weight", "no layer rule"),
-        ("encoder_layer", "0.self_attn.in_proj_bias", "MultiheadAttention"),
         ("lstm", "lstm.weight_hh_l0", "LSTM"),
         ("tied_head", "embedding.weight", "outside its module"),
-        ("shared_parameter", "first.weight", "shared by first and second"),
         ("raw_parameter", "temperature", "RawParameter"),
     ],
 )

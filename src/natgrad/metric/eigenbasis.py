@@ -16,7 +16,7 @@ from torch import Tensor
 
 from natgrad.linalg.psd import safe_eigh
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments
-from natgrad.network import EmbeddingRows, LinearRows, Rows, Tape
+from natgrad.network import EmbeddingRows, LinearRows, Rows, Tape, TiedRows
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -62,10 +62,12 @@ def kept_rows(rows: Iterable[Any], tape: Tape) -> tuple[Rows, ...]:
     def own(t: Tensor) -> Tensor:
         return t.clone() if t.untyped_storage().data_ptr() in memory else t
 
-    return tuple(
-        replace(part, a=own(part.a)) if isinstance(part, LinearRows) else replace(part, index=own(part.index))
-        for part in rows
-    )
+    def kept(part: Any) -> Any:
+        if isinstance(part, TiedRows):
+            return TiedRows(tuple(kept(use) for use in part.parts))
+        return replace(part, a=own(part.a)) if isinstance(part, LinearRows) else replace(part, index=own(part.index))
+
+    return tuple(kept(part) for part in rows)
 
 
 def rotated_eigenvalues(eigenvalues: Tensor, old: Basis, new: Basis) -> Tensor:
@@ -105,6 +107,13 @@ def squares_in_basis(rows: Rows, basis: Basis) -> Tensor:
         k, groups, _, _, out = g.shape
         squares = rotated.squared_sum().reshape(groups, out, a.shape[-1])
         return squares if stack else squares[0]
+    if isinstance(rows, TiedRows):
+        assert right is not None
+        turned = tuple(
+            replace(use, a=use.a @ right) if isinstance(use, LinearRows) else replace(use, g=use.g @ right)
+            for use in rows.parts
+        )
+        return TiedRows(turned).squared_sum().unflatten(0, (-1, right.shape[-1]))
     assert isinstance(rows, EmbeddingRows) and right is not None
     k, n, p = rows.shape
     size = max(1, _CHUNK_BYTES // max(1, k * p * rows.g.element_size()))

@@ -24,7 +24,8 @@ from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_
 from natgrad.metric.estimate import Factor, random_signs
 from natgrad.metric.statistics import Bases, Moment, Moments
 from natgrad.metric.structure import Means, Structure
-from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, accumulation
+from natgrad.metric.tied import tied_moments
+from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, TiedRows, accumulation
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Kronecker(Structure):
         """Moments of one cell; ``first`` is false once the inputs, which all columns share, are counted."""
         if isinstance(rows, Tensor):
             return {"diagonal": Moment(accumulation(rows).square().sum(0))}
+        if isinstance(rows, TiedRows):
+            return tied_moments(rows, self.sharing, lambda n, spans: _position_weights(factor, n, spans))
         if isinstance(rows, LinearRows):
             g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
             groups, out = g.shape[1], g.shape[-1]

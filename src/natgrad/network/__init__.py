@@ -9,16 +9,23 @@ from natgrad.network.coverage import (
 )
 from natgrad.network.empty import EmptyTape
 from natgrad.network.layers import (
+    NAMED_RULES,
     RULES,
+    AttentionRule,
     ConvRule,
+    ConvTransposeRule,
     EmbeddingRule,
     LayerRule,
+    LayerUse,
+    Layout,
     LinearRule,
     NormRule,
+    RootMeanSquareRule,
+    TransposedLinearRule,
     register_layer,
     rule_for,
 )
-from natgrad.network.partition import Block, BlockVector, Cell, Partition, cells, trainable_parameters
+from natgrad.network.partition import Block, BlockVector, Cell, Partition, Site, cells, trainable_parameters
 from natgrad.network.replay import (
     HessianProducts,
     Linearization,
@@ -39,19 +46,25 @@ from natgrad.network.tape import (
     output_tensor,
     recording,
 )
+from natgrad.network.tied import TiedRows
 
 __all__ = [
+    "NAMED_RULES",
     "RULES",
+    "AttentionRule",
     "Block",
     "BlockVector",
     "Cell",
     "ConvRule",
+    "ConvTransposeRule",
     "DenseRows",
     "EmbeddingRows",
     "EmbeddingRule",
     "EmptyTape",
     "HessianProducts",
     "LayerRule",
+    "LayerUse",
+    "Layout",
     "LinearRows",
     "LinearRule",
     "Linearization",
@@ -60,8 +73,12 @@ __all__ = [
     "Pass",
     "RandomState",
     "Recorder",
+    "RootMeanSquareRule",
     "Rows",
+    "Site",
     "Tape",
+    "TiedRows",
+    "TransposedLinearRule",
     "accumulation",
     "as_arguments",
     "cells",

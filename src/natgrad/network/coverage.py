@@ -15,8 +15,8 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
     """Parameters whose layer rule does not account for their whole gradient in this pass, with the reason.
 
     Compares, for one random column, the sum of the rows with what an ordinary backward pass gives. This finds layers
-    that bypass their module (``nn.MultiheadAttention``, ``F.linear`` on another layer's weight), re-parametrised
-    weights and anything else that a list of module types would miss.
+    that bypass their module (``F.linear`` on another layer's weight), re-parametrised weights and anything else that a
+    list of module types would miss.
     """
     output = tape.output
     assert output is not None
@@ -33,6 +33,8 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
         if all(g is None for g in expected.values()):
             continue  # took no part in this pass
         if cell.name not in rows:
+            if not any(bool(g.any()) for g in expected.values() if g is not None):
+                continue  # an expert to which no token was routed
             why = f"{cell.name} is used without calling its module, or is inside a compiled graph"
             found.update({n: why for n in cell.parameters})
             continue
@@ -52,12 +54,20 @@ def uncovered_parameters(tape: Tape, generator: torch.Generator | None = None) -
 
 
 def unreached_parameters(tape: Tape, names: Sequence[str]) -> frozenset[str]:
-    """Those of the parameters called ``names`` on which the observed output does not depend, as autograd sees it."""
+    """Those of the parameters called ``names`` on which the observed output does not depend, as autograd sees it.
+
+    Nor does it on those of a layer that was only called on nothing (an expert to which no token was routed).
+    """
     output = tape.output
     assert output is not None
     parameters = {n: p for n, p in trainable_parameters(tape.model).items() if n in set(names)}
     grads = tape.backward(list(parameters.values()), torch.zeros_like(output)[None])
-    return frozenset(name for name, grad in zip(parameters, grads, strict=True) if grad is None)
+    idle = {layer for layer, uses in tape.uses.items() if not any(use.input.numel() for use in uses)}
+    return frozenset(
+        name
+        for name, grad in zip(parameters, grads, strict=True)
+        if grad is None or (name.rpartition(".")[0] in idle and not bool(grad.any()))
+    )
 
 
 def misaligned_parameters(
@@ -83,7 +93,10 @@ def misaligned_parameters(
     for name, rows in tape.rows(cell_list, column[None]).items():
         size = rows.largest()
         if rows.shape[1] != n:
-            reason = f"{name} saw {rows.shape[1]} rows where the output has {n}"
+            reason = (
+                f"{name} saw {rows.shape[1]} rows where the output has {n} (tokens routed to an expert?), so that "
+                "they cannot be told apart by example"
+            )
         elif bool((size[1:] > 1e-6 * size.max()).any()):
             reason = f"the first axis of {name}'s input is not the batch"
             if coupled:

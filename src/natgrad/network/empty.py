@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from natgrad.network.layers import EmbeddingRule, rule_for
 from natgrad.network.partition import Cell
 from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
 from natgrad.network.tape import Tape
+from natgrad.network.tied import TiedRows
 
 
 class EmptyTape(Tape):
@@ -32,9 +32,9 @@ class EmptyTape(Tape):
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         if not cell.groups:
             return DenseRows(like.new_zeros(1, 0, cell.size))
-        outputs, groups = cell.shapes[0][0], cell.groups
-        if isinstance(rule_for(self.model.get_submodule(cell.module or "")), EmbeddingRule):
+        outputs, groups, inputs = cell.outputs, cell.groups, cell.size // cell.outputs
+        if cell.layout.table:
             index = torch.zeros(0, 1, dtype=torch.long, device=like.device)
-            return EmbeddingRows(index, like.new_zeros(1, 0, 1, cell.shapes[0][1]), outputs)
-        inputs = cell.size // outputs
+            rows = EmbeddingRows(index, like.new_zeros(1, 0, 1, inputs), outputs)
+            return TiedRows((rows,)) if cell.layout.mixed else rows
         return LinearRows(like.new_zeros(groups, 0, 1, inputs), like.new_zeros(1, groups, 0, 1, outputs // groups))

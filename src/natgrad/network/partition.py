@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ShapeError
-from natgrad.network.layers import ConvRule, EmbeddingRule, LayerRule, LinearRule, rule_for
+from natgrad.network.layers import Layout, rule_for
 
 BlockVector = dict[str, Tensor]
 """A vector in parameter space: one flat tensor ``[*batch, n_block]`` per block."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that uses parameters: its qualified name, and its own names of them."""
+
+    module: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,40 +37,58 @@ class Cell:
         name: qualified name of the layer, or of the parameter where no rule covers it.
         parameters: qualified names, weight before bias.
         shapes: their shapes.
-        module: qualified name of the layer whose rule gives the rows; None for an uncovered parameter.
-        trainable: the layer's own names of ``parameters``.
-        groups: with a weight matrix, the number of independent matrices (grouped convolution); 0 for cells that
-            are plain concatenations.
+        sites: the layers whose rules give the rows, which add up; empty for an uncovered parameter.
+        layout: how the parameters make the vector.
         reason: why no layer rule covers the parameter (empty where one does).
     """
 
     name: str
     parameters: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    module: str | None = None
-    trainable: tuple[str, ...] = ()
-    groups: int = 0
+    sites: tuple[Site, ...] = ()
+    layout: Layout = Layout()
     reason: str = ""
+
+    @property
+    def module(self) -> str | None:
+        """Qualified name of the (first) layer whose rule gives the rows; None for an uncovered parameter."""
+        return self.sites[0].module if self.sites else None
+
+    @property
+    def groups(self) -> int:
+        """Number of independent weight matrices; 0 for cells that are plain concatenations."""
+        return self.layout.groups
 
     @property
     def size(self) -> int:
         return sum(shape.numel() for shape in self.shapes)
 
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix ``[outputs, size / outputs]`` that a cell with ``groups`` is, over all groups."""
+        weight = self.shapes[0]
+        return weight[1] * self.groups if self.layout.transposed and len(weight) > 1 else weight[0]
+
     def single(self) -> tuple[Cell, ...]:
         """One cell per parameter, served as this one is."""
-        own = self.trainable or (None,) * len(self.parameters)
         return tuple(
-            replace(self, name=name, parameters=(name,), shapes=(shape,), trainable=() if t is None else (t,))
-            for name, shape, t in zip(self.parameters, self.shapes, own, strict=True)
+            replace(
+                self,
+                name=name,
+                parameters=(name,),
+                shapes=(shape,),
+                sites=tuple(Site(site.module, (site.names[i],)) for site in self.sites),
+            )
+            for i, (name, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
         )
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector ``[*batch, size]`` from tensors ``[*batch, *shape]``."""
-        parts = [tensors[name] for name in self.parameters]
-        batch = parts[0].shape[: parts[0].dim() - len(self.shapes[0])]
+        first = tensors[self.parameters[0]]
+        batch = first.shape[: first.dim() - len(self.shapes[0])]
+        parts = [self._canonical(tensors[n], s, batch) for n, s in zip(self.parameters, self.shapes, strict=True)]
         if self.groups and len(parts) == 2:
-            weight, bias = (t.reshape(*batch, self.shapes[1].numel(), -1) for t in parts)
-            return torch.cat([weight, bias], -1).flatten(len(batch))
+            return torch.cat([t.reshape(*batch, self.outputs, -1) for t in parts], -1).flatten(len(batch))
         if len(parts) == 1:
             return parts[0].reshape(*batch, -1)
         return torch.cat([t.reshape(*batch, -1) for t in parts], -1)
@@ -71,14 +97,25 @@ class Cell:
         """Inverse of :meth:`pack`."""
         batch = vector.shape[:-1]
         if self.groups and len(self.parameters) == 2:
-            matrix = vector.reshape(*batch, self.shapes[1].numel(), -1)
+            matrix = vector.reshape(*batch, self.outputs, -1)
             parts = [matrix[..., :-1], matrix[..., -1:]]
         else:
             parts = list(vector.split([shape.numel() for shape in self.shapes], -1))
         return {
-            name: part.reshape((*batch, *shape))
+            name: self._stored(part, shape, batch)
             for name, part, shape in zip(self.parameters, parts, self.shapes, strict=True)
         }
+
+    def _canonical(self, t: Tensor, shape: torch.Size, batch: torch.Size) -> Tensor:
+        """A weight stored as ``[in, out / groups, *kernel]`` as ``[groups, out / groups, in / groups, kernel]``."""
+        if not self.layout.transposed or len(shape) < 2:
+            return t
+        return t.reshape(*batch, self.groups, shape[0] // self.groups, shape[1], shape[2:].numel()).transpose(-3, -2)
+
+    def _stored(self, t: Tensor, shape: torch.Size, batch: torch.Size) -> Tensor:
+        if self.layout.transposed and len(shape) > 1:
+            t = t.reshape(*batch, self.groups, shape[1], shape[0] // self.groups, shape[2:].numel()).transpose(-3, -2)
+        return t.reshape((*batch, *shape))
 
 
 @dataclass(frozen=True)
@@ -192,52 +229,113 @@ def cells(
     Returns:
         One cell per supported layer with trainable parameters, then one per remaining parameter, in model order.
     """
-    uncovered = dict(uncovered or {})
     trainable = trainable_parameters(model)
     canonical = {id(p): n for n, p in trainable.items() if names is None or n in names}
-    owners: dict[str, set[str]] = {name: set() for name in canonical.values()}
-    for module_name, module in model.named_modules():
-        for p in module._parameters.values():
-            if p is not None and id(p) in canonical:
-                owners[canonical[id(p)]].add(module_name)
+    parts = _parts(model, canonical)
+    uncovered = _spread(parts, dict(uncovered or {}), _clashes(model, parts))
+    uses: dict[str, list[Site]] = {}
+    for part in parts:
+        for own, name in zip(part.names, part.parameters, strict=True):
+            uses.setdefault(name, []).append(Site(part.module, (own,)))
     found: list[Cell] = []
     taken: set[str] = set()
+    for part in parts:
+        module = model.get_submodule(part.module)
+        left = [n for n in part.parameters if n not in uncovered and n not in taken]
+        whole = len(left) == sum(any(p is q for q in trainable.values()) for p in module._parameters.values())
+        for together in _by_users(left, uses):
+            sites = tuple(
+                Site(site.module, tuple(uses[n][i].names[0] for n in together))
+                for i, site in enumerate(uses[together[0]])
+            )
+            # A layer of which only a part belongs here shares its name with the other part.
+            name = (part.module or "model") if whole and len(together) == len(left) else together[0]
+            shapes = tuple(trainable[n].shape for n in together)
+            found.append(Cell(name, together, shapes, sites, _layout(model, sites)))
+        taken.update(left)
+    positions = {name: i for i, name in enumerate(canonical.values())}
+    for name in positions:
+        if name not in taken:
+            reason = uncovered.get(name) or why_uncovered(model, name)
+            found.append(Cell(name, (name,), (trainable[name].shape,), reason=reason))
+    return tuple(sorted(found, key=lambda cell: positions[cell.parameters[0]]))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters of one layer that its rule puts into one matrix: own and qualified names."""
+
+    module: str
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def _parts(model: nn.Module, canonical: Mapping[int, str]) -> list[_Part]:
+    found: list[_Part] = []
     for module_name, module in model.named_modules():
         rule = rule_for(module)
         if rule is None:
             continue
         own = {n: canonical[id(p)] for n, p in module._parameters.items() if p is not None and id(p) in canonical}
-        local = tuple(n for n in rule.parameters(module) if n in own)
-        qualified = tuple(own[n] for n in local)
-        shared = [q for q in qualified if len(owners[q]) > 1]
-        for q in shared:
-            uncovered.setdefault(q, "shared by " + " and ".join(sorted(n or "the root" for n in owners[q])))
-        if not local or any(q in uncovered for q in qualified):
-            for q in qualified:
-                uncovered.setdefault(q, f"another parameter of {module_name} is not covered")
-            continue
-        shapes = tuple(module._parameters[n].shape for n in local)  # type: ignore[union-attr]
-        whole = sum(any(p is q for q in trainable.values()) for p in module._parameters.values()) == len(local)
-        # A layer of which only a part belongs here shares its name with the other part.
-        name = (module_name or "model") if whole else qualified[0]
-        found.append(Cell(name, qualified, shapes, module_name, local, _groups(rule, module)))
-        taken.update(qualified)
-    positions = {name: i for i, name in enumerate(canonical.values())}
-    parameters = dict(model.named_parameters())
-    for name in positions:
-        if name not in taken:
-            reason = uncovered.get(name) or _why_uncovered(model, name)
-            found.append(Cell(name, (name,), (parameters[name].shape,), reason=reason))
-    return tuple(sorted(found, key=lambda cell: positions[cell.parameters[0]]))
+        for part in rule.parts(module):
+            local = tuple(n for n in part if n in own)
+            if local:
+                found.append(_Part(module_name, local, tuple(own[n] for n in local)))
+    return found
 
 
-def _groups(rule: LayerRule, module: nn.Module) -> int:
-    if isinstance(rule, ConvRule):
-        return module.groups  # type: ignore[return-value]
-    return 1 if isinstance(rule, LinearRule | EmbeddingRule) else 0
+def _clashes(model: nn.Module, parts: list[_Part]) -> dict[str, str]:
+    """Parameters that layers of different layouts share, with the reason why no rule serves them."""
+    users: dict[str, list[str]] = {}
+    for part in parts:
+        for name in part.parameters:
+            users.setdefault(name, []).append(part.module)
+    found: dict[str, str] = {}
+    for name, modules in users.items():
+        layouts = {replace(_own_layout(model, m), table=False) for m in modules}
+        if len(layouts) > 1 or len(set(modules)) < len(modules):
+            found[name] = "shared by " + " and ".join(sorted(n or "the root" for n in modules))
+    return found
 
 
-def _why_uncovered(model: nn.Module, parameter: str) -> str:
-    owner = parameter.rpartition(".")[0]
-    kind = type(model.get_submodule(owner)).__name__
+def _spread(parts: list[_Part], uncovered: dict[str, str], clashes: Mapping[str, str]) -> dict[str, str]:
+    """What is not covered takes the other parameters of its layer's matrix with it."""
+    uncovered = {**clashes, **uncovered}
+    before = -1
+    while len(uncovered) != before:
+        before = len(uncovered)
+        for part in parts:
+            if any(n in uncovered for n in part.parameters):
+                for n in part.parameters:
+                    uncovered.setdefault(n, f"another parameter of {part.module} is not covered")
+    return uncovered
+
+
+def _by_users(names: list[str], uses: Mapping[str, list[Site]]) -> list[tuple[str, ...]]:
+    """The names, those together that the same layers use."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        grouped.setdefault(tuple(site.module for site in uses[name]), []).append(name)
+    return [tuple(group) for group in grouped.values()]
+
+
+def _own_layout(model: nn.Module, module: str) -> Layout:
+    layer = model.get_submodule(module)
+    rule = rule_for(layer)
+    return Layout() if rule is None else rule.layout(layer)
+
+
+def _layout(model: nn.Module, sites: tuple[Site, ...]) -> Layout:
+    layouts = [_own_layout(model, site.module) for site in sites]
+    tables = [layout.table for layout in layouts]
+    return replace(layouts[0], table=any(tables), mixed=any(tables) and not all(tables))
+
+
+def why_uncovered(model: nn.Module, parameter: str) -> str:
+    """Why no layer rule serves a parameter, by the type of the module that owns it."""
+    owner, _, name = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    kind = type(module).__name__
+    if rule_for(module) is not None:
+        return f"the layer rule for {kind} does not know {name}"
     return f"no layer rule for {kind}"

@@ -156,6 +156,9 @@ class LinearRows(Rows):
     def joined(self, other: Rows) -> Rows:
         if not isinstance(other, LinearRows):
             return DenseRows(self.dense() + other.dense())
+        if self.shape[1] != other.shape[1]:
+            # One use saw other examples than the other (tokens that were picked): only sums have a meaning.
+            return self.apart().stacked(other.apart())
         spans = (*(self.spans or (self.positions,)), *(other.spans or (other.positions,)))
         return LinearRows(torch.cat([self.a, other.a], 2), torch.cat([self.g, other.g], 3), spans)
 
@@ -166,6 +169,10 @@ class LinearRows(Rows):
 
     def folded(self, n: int) -> LinearRows:
         return LinearRows(self.a.unflatten(1, (n, -1)).flatten(2, 3), self.g.unflatten(2, (n, -1)).flatten(3, 4))
+
+    def apart(self) -> LinearRows:
+        """The same rows with every position as an example of its own."""
+        return LinearRows(self.a.flatten(1, 2).unsqueeze(2), self.g.flatten(2, 3).unsqueeze(3))
 
     def largest(self) -> Tensor:
         return self.g.abs().amax((0, 1, 3, 4))
@@ -271,6 +278,8 @@ class EmbeddingRows(Rows):
     def joined(self, other: Rows) -> Rows:
         if not isinstance(other, EmbeddingRows):
             return DenseRows(self.dense() + other.dense())
+        if self.shape[1] != other.shape[1]:
+            return self.apart().stacked(other.apart())
         index, g = torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 2)
         spans = (*(self.spans or (self.positions,)), *(other.spans or (other.positions,)))
         return replace(self, index=index, g=g, spans=spans)
@@ -283,6 +292,10 @@ class EmbeddingRows(Rows):
 
     def folded(self, n: int) -> EmbeddingRows:
         return replace(self, index=self.index.reshape(n, -1), g=self.g.unflatten(1, (n, -1)).flatten(2, 3))
+
+    def apart(self) -> EmbeddingRows:
+        """The same rows with every position as an example of its own."""
+        return replace(self, index=self.index.reshape(-1, 1), g=self.g.flatten(1, 2).unsqueeze(2), spans=())
 
     def largest(self) -> Tensor:
         return self.g.abs().amax((0, 2, 3))
@@ -310,6 +323,14 @@ class EmbeddingRows(Rows):
         weighted = torch.einsum("...kn,knsw->...nsw", u.reshape(*u.shape[:-1], k, n), self.g)
         out = weighted.new_zeros(*u.shape[:-1], self.vocabulary, width)
         return out.index_add_(-2, self.index.flatten(), weighted.flatten(-3, -2)).flatten(-2)
+
+
+def with_ones(a: Tensor, weight: bool, bias: bool) -> Tensor:
+    """``a`` with the homogeneous coordinate that carries a trainable bias; only it where the weight is frozen."""
+    if not bias:
+        return a
+    ones = a.new_ones(*a.shape[:-1], 1)
+    return torch.cat([a, ones], dim=-1) if weight else ones
 
 
 def scale_shift_rows(z: Tensor, g: Tensor, trainable: tuple[str, ...]) -> DenseRows:

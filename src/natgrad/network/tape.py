@@ -7,7 +7,7 @@ later in-place activations, another forward pass or gradient accumulation cannot
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.errors import ShapeError, StaleTapeError, UnsupportedError
-from natgrad.network.layers import rule_for
-from natgrad.network.partition import Cell
-from natgrad.network.rows import DenseRows, Rows
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """One call of a layer: its input, and the edge through which its output's gradient arrives."""
-
-    input: Tensor
-    version: int
-    edge: GradientEdge
+from natgrad.network.layers import LayerUse, Note, rule_for
+from natgrad.network.partition import Cell, Site
+from natgrad.network.rows import DenseRows, EmbeddingRows, LinearRows, Rows
+from natgrad.network.tied import TiedRows
 
 
 @dataclass
@@ -64,35 +56,41 @@ class Tape:
         Returns:
             Rows by cell name; a cell that took no part in the pass has no entry.
         """
-        covered = [c for c in cell_list if c.module is not None and self.uses.get(c.module)]
+        covered = [c for c in cell_list if any(self.uses.get(site.module) for site in c.sites)]
         # A layer whose parameters are in several cells is gone through once.
-        layers = list(dict.fromkeys(c.module for c in covered if c.module is not None))
+        layers = list(dict.fromkeys(site.module for c in covered for site in c.sites if self.uses.get(site.module)))
         found = iter(self.backward([use.edge for layer in layers for use in self.uses[layer]], columns))
         gradients = {layer: [next(found) for _ in self.uses[layer]] for layer in layers}
         out: dict[str, Rows] = {}
         for cell in covered:
-            module = self.model.get_submodule(cell.module)  # type: ignore[arg-type]
-            rule = rule_for(module)
-            assert rule is not None
             rows: Rows | None = None
-            for use, g in zip(self.uses[cell.module], gradients[cell.module], strict=True):  # type: ignore[index]
-                if g is None:
-                    continue
-                if use.input._version != use.version:
-                    raise StaleTapeError(
-                        f"The input of layer {cell.name!r} was changed in place after the layer used it. "
-                        "Use an out-of-place operation there."
-                    )
-                new = rule.rows(module, accumulation(use.input), accumulation(g), cell.trainable)
-                n, seen = columns.shape[1], new.shape[1]
-                # A layer may see tokens and batch as one axis; whether they lie as folding assumes is checked once.
-                new = new.folded(n) if seen != n and n and seen % n == 0 else new
-                rows = new if rows is None else rows.joined(new)
+            for site in cell.sites:
+                for use, g in zip(self.uses.get(site.module, ()), gradients.get(site.module, ()), strict=True):
+                    if g is None or not use.input.numel() or not use.concerns(site.names):
+                        continue
+                    new = self._use_rows(cell, site, use, g)
+                    n, seen = columns.shape[1], new.shape[1]
+                    # A layer may see tokens and batch as one axis; whether they lie as folding assumes is checked once.
+                    new = new.folded(n) if seen != n and n and seen % n == 0 else new
+                    if cell.layout.mixed and isinstance(new, EmbeddingRows | LinearRows):
+                        new = TiedRows((new,))
+                    rows = new if rows is None else rows.joined(new)
             if rows is not None:
                 out[cell.name] = rows
         raw = [c for c in cell_list if c.module is None]
         out.update(self.example_rows(raw, columns))
         return out
+
+    def _use_rows(self, cell: Cell, site: Site, use: LayerUse, g: Tensor) -> Rows:
+        if use.input._version != use.version:
+            raise StaleTapeError(
+                f"The input of layer {cell.name!r} was changed in place after the layer used it. "
+                "Use an out-of-place operation there."
+            )
+        module = self.model.get_submodule(site.module)
+        rule = use.rule or rule_for(module)
+        assert rule is not None
+        return rule.rows(module, accumulation(use.input), accumulation(g), site.names)
 
     def example_rows(self, cell_list: Sequence[Cell], columns: Tensor) -> dict[str, Rows]:
         """Rows of parameters that no layer rule covers: one backward pass per example, batched by vmap."""
@@ -181,11 +179,24 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.tape = Tape(weakref.ref(model))
-        self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True)
-            for name, module in model.named_modules()
-            if rule_for(module) is not None
-        ]
+        self._ends: list[Callable[[], None]] = []
+        for name, module in model.named_modules():
+            rule = rule_for(module)
+            if rule is not None:
+                end = rule.watch(module, self._note(name))
+                if end is None:
+                    end = module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True).remove
+                self._ends.append(end)
+
+    def _note(self, name: str) -> Note:
+        tape = self.tape
+
+        def note(layer: str, use: LayerUse | None) -> None:
+            tape.hidden = tape.hidden or use is None
+            if use is not None:
+                tape.uses.setdefault(".".join(part for part in (name, layer) if part), []).append(use)
+
+        return note
 
     def _hook(self, name: str) -> Any:
         tape = self.tape
@@ -205,9 +216,9 @@ class Recorder:
 
     def stop(self) -> None:
         """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for end in self._ends:
+            end()
+        self._ends = []
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class Examination:
 def _bypassed(tape: Tape, partition: Partition | None) -> bool:
     """Whether the pass uses parameters of a layer that it did not call: nothing was seen of them."""
     cells = () if partition is None else partition.cells
-    absent = [n for c in cells if c.module is not None and not tape.uses.get(c.module) for n in c.parameters]
+    unseen = [c for c in cells if c.sites and not any(tape.uses.get(site.module) for site in c.sites)]
+    absent = [n for c in unseen for n in c.parameters]
     known = trainable_parameters(tape.model) if absent else {}
     absent = [n for n in absent if n in known]
     return bool(absent) and len(unreached_parameters(tape, absent)) < len(absent)
