@@ -95,6 +95,8 @@ WITHOUT_RULE = {
     "raw_parameter": {"gain", "temperature"},
     "lstm": {f"lstm.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     "tied_head": {"embedding.weight"},
+    "cross_attention": {"attention.bias_k", "attention.bias_v"},
+    "experts": {f"experts.{i}.{n}" for i in range(2) for n in ("weight", "bias")},  # rows of single tokens
     "positional": {"position.weight"},
     "time_first": {"stem.weight", "stem.bias", "head.weight", "head.bias"},
 }

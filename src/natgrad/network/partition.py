@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ShapeError
-from natgrad.network.layers import Layout, rule_for
+from natgrad.network.layers import Layout, rule_for, why_without_rule
 
 BlockVector = dict[str, Tensor]
 """A vector in parameter space: one flat tensor ``[*batch, n_block]`` per block."""
@@ -256,7 +256,8 @@ def cells(
     positions = {name: i for i, name in enumerate(canonical.values())}
     for name in positions:
         if name not in taken:
-            reason = uncovered.get(name) or why_uncovered(model, name)
+            owner, _, own = name.rpartition(".")
+            reason = uncovered.get(name) or why_without_rule(model.get_submodule(owner), own)
             found.append(Cell(name, (name,), (trainable[name].shape,), reason=reason))
     return tuple(sorted(found, key=lambda cell: positions[cell.parameters[0]]))
 
@@ -329,13 +330,3 @@ def _layout(model: nn.Module, sites: tuple[Site, ...]) -> Layout:
     layouts = [_own_layout(model, site.module) for site in sites]
     tables = [layout.table for layout in layouts]
     return replace(layouts[0], table=any(tables), mixed=any(tables) and not all(tables))
-
-
-def why_uncovered(model: nn.Module, parameter: str) -> str:
-    """Why no layer rule serves a parameter, by the type of the module that owns it."""
-    owner, _, name = parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    kind = type(module).__name__
-    if rule_for(module) is not None:
-        return f"the layer rule for {kind} does not know {name}"
-    return f"no layer rule for {kind}"

@@ -184,6 +184,53 @@ class SelfAttention(nn.Module):
         return self.head(x + self.attention(x, x, x, need_weights=False)[0])
 
 
+class CrossAttention(nn.Module):
+    """Time-first nn.MultiheadAttention over a memory of other length and width, with a bias key and value."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.memory = nn.Linear(2, 3)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True)
+        self.head = nn.Linear(4, outputs)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        keys = torch.tanh(self.memory(memory)).transpose(0, 1)
+        mixed = self.attention(x.transpose(0, 1), keys, memory.transpose(0, 1))[0]
+        return self.head(x + mixed.transpose(0, 1))
+
+
+class TiedEmbedding(nn.Module):
+    """A language model whose output head is a Linear layer with the weight of its embedding."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(outputs, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, outputs)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        return self.head(torch.tanh(self.mix(h + h.mean(1, keepdim=True))))
+
+
+class Experts(nn.Module):
+    """Every token goes to one of three experts by its content; the last one gets none."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.head = nn.Linear(3, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        chosen = (tokens[:, 0] > 0).long()
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            (places,) = torch.where(chosen == i)
+            out = out.index_add(0, places, torch.tanh(expert(tokens[places])))
+        return self.head((tokens + out).unflatten(0, x.shape[:2]))
+
+
 class Recurrent(nn.Module):
     """An LSTM read at every step."""
 
@@ -328,6 +375,16 @@ _MODELS: dict[str, tuple[Builder, Any, str]] = {
     "conv2d_groups": (lambda c: _pooled(nn.Conv2d(4, 6, 2, groups=2), 6, c), (4, 4, 3, 3), ""),
     "conv2d_depthwise": (lambda c: _pooled(nn.Conv2d(3, 3, 2, groups=3, bias=False), 3, c), (4, 3, 3, 3), ""),
     "conv3d": (lambda c: _pooled(nn.Conv3d(1, 3, 2, stride=(2, 1, 1)), 3, c), (4, 1, 4, 3, 3), ""),
+    "conv_transpose1d": (
+        lambda c: _conv(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=2, output_padding=1, dilation=2), 18, c),
+        (4, 2, 3),
+        "",
+    ),
+    "conv_transpose2d_groups": (
+        lambda c: _pooled(nn.ConvTranspose2d(4, 6, (2, 3), stride=(2, 1), padding=(0, 1), groups=2), 6, c),
+        (4, 4, 2, 3),
+        "",
+    ),
     "layer_norm": (lambda c: _normed(nn.LayerNorm(4), c), _R, ""),
     "rms_norm": (lambda c: _normed(nn.RMSNorm(4), c), _R, ""),
     "group_norm": (lambda c: _conv(nn.GroupNorm(2, 4), 12, c), (4, 4, 3), ""),
@@ -352,6 +409,13 @@ _MODELS: dict[str, tuple[Builder, Any, str]] = {
     ),
     "lstm": (Recurrent, (3, 3, 2), "sequence rnn"),
     "tied_head": (TiedHead, lambda: torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 1]]), "sequence tied"),
+    "tied_embedding": (TiedEmbedding, lambda: torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 1]]), "sequence tied"),
+    "cross_attention": (
+        CrossAttention,
+        lambda: (torch.randn(3, 2, 4).double(), torch.randn(3, 5, 2).double()),
+        "sequence",
+    ),
+    "experts": (Experts, (4, 3, 3), "sequence axes"),
     "positional": (Positional, lambda: torch.tensor([[0, 1, 2], [4, 3, 2], [1, 1, 0], [2, 4, 1]]), "sequence axes"),
     "flattened": (Flattened, (4, 3, 2), "sequence axes"),
     "time_first": (TimeFirst, (3, 3, 2), "sequence axes"),

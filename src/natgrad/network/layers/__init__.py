@@ -17,6 +17,7 @@ from natgrad.network.layers.convolution import ConvRule, ConvTransposeRule
 from natgrad.network.layers.embedding import EmbeddingRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
+from natgrad.network.layers.refusals import why_without_rule
 from natgrad.network.layers.registry import NAMED_RULES, RULES, register_layer, rule_for
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "TransposedLinearRule",
     "register_layer",
     "rule_for",
+    "why_without_rule",
 ]
