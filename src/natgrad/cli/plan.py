@@ -111,7 +111,7 @@ def _numbers(choice: Choice) -> tuple[str, ...]:
         return ("–",) * 9
     part = "" if choice.fraction == 1 else f" of 1/{round(1 / choice.fraction)}"
     return (
-        choice.search.replace(" and momentum", ""), f"{choice.statistics}{part}", str(choice.inverse),
+        choice.search, f"{choice.statistics}{part}", str(choice.inverse),
         size_text(choice.state), size_text(choice.transient), seconds_text(choice.seconds), f"{choice.ratio:.2f}",
         f"{choice.worst:.2f}", f"{choice.staggered:.2f}",
     )  # fmt: skip

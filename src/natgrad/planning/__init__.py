@@ -1,7 +1,7 @@
 """Before running: what an optimizer would do with every layer, and what every structure takes of memory and time."""
 
 from natgrad.planning.inspection import Inspection, LayerRow, inspect
-from natgrad.planning.planner import Choice, Plan, plan
+from natgrad.planning.planner import Choice, Plan, plan, predict
 from natgrad.planning.profile import Profile, cache_folder, measure, profile_of
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "inspect",
     "measure",
     "plan",
+    "predict",
     "profile_of",
 ]

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Kronecker
+from natgrad.metric import Kronecker, Structure
 from natgrad.planning.costs import Costs, costs_of
 from natgrad.planning.inspection import examined, passes_of
 from natgrad.planning.layers import Passes
-from natgrad.planning.methods import METHODS, Method
+from natgrad.planning.methods import METHODS, Method, method_of
 from natgrad.planning.profile import Profile, profile_of
 from natgrad.planning.shapes import BlockShapes, block_shapes
 from natgrad.planning.work import memory
 
+FIT, CLIP, RADIUS = "QuadraticFit", "KLClip", "TrustRegion"
 _INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 _SGD_PASSES = 5  # with momentum: gradient, buffer twice, parameter twice
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -70,8 +71,8 @@ class Choice:
         """The optimizer as one would write it."""
         method = METHODS[self.name]
         parts = ["model", "likelihood"]
-        if method.fitted and self.search != "QuadraticFit":
-            parts += ["lr=0.1", "momentum=0.9", "search=ng.KLClip(1e-3)"]
+        if method.fitted and self.search != FIT:
+            parts += ["lr=0.1", *(["momentum=0.9"] if method.scheduled else []), "search=ng.KLClip(1e-3)"]
         if method.scheduled and (self.statistics, self.inverse) != (1, 10):
             parts.append(f"refresh=ng.Refresh({self.statistics}, {self.inverse})")
         return f"ng.{self.preset}({', '.join(parts)})"
@@ -160,13 +161,10 @@ def plan(
     if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
         raise ArgumentError(f"max_overhead={max_overhead!r} was given; it must be a number above 0: 0.1 is a tenth.")
     meta, passes = passes_of(model, batch, tokens, inputs)
-    parameters = {p: None for p in meta.parameters() if p.requires_grad}
+    parameters = [p for p in meta.parameters() if p.requires_grad]
     size, adam = sum(p.numel() for p in parameters), 2 * sum(p.numel() * p.element_size() for p in parameters)
     limit = None if max_memory is None else memory_limit(max_memory, adam)
-    if not isinstance(profile, Profile):
-        device = next(model.parameters()).device
-        profile = profile_of(device, None if profile is None else Path(profile))
-    timing = _Timing(passes, profile, next(iter(parameters)).dtype, size)
+    timing = _Timing.of_model(model, meta, passes, profile)
     choices = tuple(
         _choice(meta, method, timing, max_overhead, limit, examined(model, method.structure, inputs))
         for method in METHODS.values()
@@ -174,9 +172,37 @@ def plan(
     recommended, reason = _recommend(choices, max_overhead, limit)
     most = max(layer.positions for layer in passes.layers)
     return Plan(
-        type(model).__name__, size, passes.layers[0].examples, most, profile.device, timing.sgd, adam, choices,
+        type(model).__name__, size, passes.layers[0].examples, most, timing.profile.device, timing.sgd, adam, choices,
         recommended, reason, passes.seen,
     )  # fmt: skip
+
+
+def predict(
+    model: nn.Module,
+    structure: Structure | str,
+    *,
+    statistics: int = 1,
+    inverse: int = 10,
+    search: str | None = None,
+    batch: int | None = None,
+    tokens: int | None = None,
+    inputs: Any = None,
+    profile: Profile | str | Path | None = None,
+) -> Choice:
+    """Memory and time of one structure with a schedule of one's own; see :func:`plan` for the other arguments.
+
+    Args:
+        statistics, inverse: intervals in steps, as in ``Refresh``; both 1 where a structure renews all at every step.
+        search: ``"QuadraticFit"``, ``"KLClip"`` or ``"TrustRegion"``; None: the preset's own.
+    """
+    method = method_of(structure)
+    meta, passes = passes_of(model, batch, tokens, inputs)
+    shapes = block_shapes(meta, method.structure, examined(model, method.structure, inputs))
+    timing = _Timing.of_model(model, meta, passes, profile)
+    search = search or _searches(method)[0]
+    base = Choice(method.name, method.preset, search, state=state_bytes(meta, method, search, shapes))
+    intervals = (statistics, inverse) if method.scheduled else (1, 1)
+    return _rates(base, method, timing, shapes, 1.0).at(base, *intervals)
 
 
 def memory_limit(given: int | float | str, adam: int) -> int:
@@ -203,6 +229,14 @@ class _Timing:
     dtype: torch.dtype
     size: int
 
+    @staticmethod
+    def of_model(model: nn.Module, meta: nn.Module, passes: Passes, profile: Profile | str | Path | None) -> _Timing:
+        parameters = [p for p in meta.parameters() if p.requires_grad]
+        if not isinstance(profile, Profile):
+            device = next(model.parameters()).device
+            profile = profile_of(device, None if profile is None else Path(profile))
+        return _Timing(passes, profile, parameters[0].dtype, sum(p.numel() for p in parameters))
+
     @property
     def sgd(self) -> float:
         """A step of SGD with momentum."""
@@ -218,7 +252,7 @@ class _Timing:
 def state_bytes(meta: nn.Module, method: Method, search: str, shapes: Sequence[BlockShapes]) -> int:
     """Bytes of the optimizer's state after a step: curvature, the step before or the momentum, and counters."""
     parameters = [p for p in meta.parameters() if p.requires_grad]
-    kept = method.momentum or search in ("QuadraticFit", "KLClip and momentum")
+    kept = method.momentum or search == FIT or (method.fitted and method.scheduled)
     vectors = sum(p.numel() * p.element_size() for p in parameters) if kept else 0
     return sum(s.bytes for s in shapes) + vectors + 4 * len(parameters)
 
@@ -250,32 +284,46 @@ def _choice(
 
 def _searches(method: Method) -> tuple[str, ...]:
     if method.name == "matrix-free":
-        return ("TrustRegion",)
-    if method.fitted:
-        return ("QuadraticFit", "KLClip and momentum") if method.name != "gram" else ("QuadraticFit", "KLClip")
-    return ("KLClip",)
+        return (RADIUS,)
+    return (FIT, CLIP) if method.fitted else (CLIP,)
 
 
 def _schedules(base: Choice, method: Method, timing: _Timing, shapes: Sequence[BlockShapes]) -> Iterator[Choice]:
     """The structure with every schedule, from the freshest to the most seldom."""
-    fitted = base.search == "QuadraticFit"
     fractions = (1.0, 0.25, 0.0625) if method.scheduled and fraction_field() else (1.0,)
-    seconds = {}
-    for fraction in fractions:
-        costs = costs_of(
-            timing.passes, shapes, method.structure, fraction=fraction, iterations=method.iterations, fitted=fitted
-        )
-        seconds[fraction] = (*timing.of(costs), costs.transient)
+    rates = {f: _rates(base, method, timing, shapes, f) for f in fractions}
     for statistics, inverse, fraction in _grid(method, fractions):
-        taken, refresh, each, transient = seconds[fraction]
-        sgd = timing.sgd
-        mean = sgd + each + taken / statistics + sum(refresh) / inverse
-        share = max([*refresh, sum(refresh) / inverse], default=0.0)
-        yield replace(
-            base, statistics=statistics, inverse=inverse, fraction=fraction, transient=transient, seconds=mean,
-            ratio=mean / sgd, worst=(sgd + each + taken + sum(refresh)) / sgd,
-            staggered=(sgd + each + taken + share) / sgd,
+        yield rates[fraction].at(replace(base, fraction=fraction), statistics, inverse)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds of a step of SGD, of statistics, of each block's refresh and of what every step does; bytes meanwhile."""
+
+    sgd: float
+    statistics: float
+    refresh: tuple[float, ...]
+    each: float
+    transient: int
+
+    def at(self, base: Choice, statistics: int, inverse: int) -> Choice:
+        """``base`` with these intervals."""
+        always, renewed = self.sgd + self.each, sum(self.refresh)
+        mean = always + self.statistics / statistics + renewed / inverse
+        share = max([*self.refresh, renewed / inverse], default=0.0)  # the largest layer is not divided
+        return replace(
+            base, statistics=statistics, inverse=inverse, transient=self.transient, seconds=mean,
+            ratio=mean / self.sgd, worst=(always + self.statistics + renewed) / self.sgd,
+            staggered=(always + self.statistics + share) / self.sgd,
         )  # fmt: skip
+
+
+def _rates(base: Choice, method: Method, timing: _Timing, shapes: Sequence[BlockShapes], fraction: float) -> _Rates:
+    costs = costs_of(
+        timing.passes, shapes, method.structure, fraction=fraction, iterations=method.iterations,
+        fitted=base.search == FIT,
+    )  # fmt: skip
+    return _Rates(timing.sgd, *timing.of(costs), costs.transient)
 
 
 def _grid(method: Method, fractions: tuple[float, ...]) -> list[tuple[int, int, float]]:

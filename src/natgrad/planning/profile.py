@@ -23,8 +23,9 @@ from natgrad.planning.work import Operation
 VERSION = 1
 """Of the file's contents; a profile of another version is measured anew."""
 
-_SIZES = (8, 32, 128, 512, 2048)
-_FACTORS = (16, 64, 256, 768)
+_SIZES = (8, 32, 128, 512, 1536)
+_FACTORS = (16, 64, 256, 1024)
+_ALWAYS = 256  # factorisations up to here are measured on the slowest machine: larger ones are told from them
 _BYTES = (2**16, 2**20, 2**24, 2**26)
 _LONG = 1024
 _SECONDS = 2.6
@@ -56,7 +57,14 @@ class Profile:
 
     def seconds(self, work: Iterable[Operation], dtype: torch.dtype = torch.float32) -> float:
         """How long the operations take one after the other; products of ``dtype``, factorisations of float32."""
-        return sum(self._one(operation, dtype) * operation.count for operation in work)
+        known: dict[tuple[object, ...], float] = {}  # a model's layers are much alike
+        total = 0.0
+        for o in work:
+            key = (o.kind, o.flops, o.bytes, o.shape)
+            if key not in known:
+                known[key] = self._one(o, dtype)
+            total += known[key] * o.count
+        return total
 
     def _one(self, operation: Operation, dtype: torch.dtype) -> float:
         moved = operation.bytes / _interpolated(self.bandwidth, operation.bytes)
@@ -173,32 +181,27 @@ def measure(device: torch.device | str = "cpu", seconds: float = _SECONDS) -> Pr
 
     tiny = matrix(8)
     call = clock.least(lambda: torch.add(tiny, tiny), 200)
+    factorisations: dict[str, dict[str, float]] = {name: {} for name in _FACTORISATIONS}
+
+    def factorise(sizes: Iterable[int], share: float) -> None:
+        for n in sizes:
+            x = matrix(n, 2 * n)
+            positive = x @ x.mT / n + torch.eye(n, device=device)
+            for name, run in _FACTORISATIONS.items():
+                if n <= _ALWAYS or not clock.over(share):
+                    took = clock.least(lambda run=run, positive=positive: run(positive), 3)
+                    factorisations[name][str(n)] = took
+
+    factorise([n for n in _FACTORS if n <= _ALWAYS], 0.0)
     gemm: dict[str, dict[str, float]] = {"float32": {}, "bfloat16": {}}
     pairs = [(small, middle) for middle in _SIZES for small in _SIZES if small <= middle]
     for small, middle in sorted(pairs, key=lambda p: p[0] * p[1]):
-        long = max(_LONG, middle)
-        if clock.over(0.55) and gemm["float32"]:
+        if clock.over(0.5) and len(gemm["float32"]) > len(_SIZES):
             break
-        left, right = matrix(long, small), matrix(small, middle)
-        took = clock.least(lambda left=left, right=right: torch.mm(left, right), 3)
-        gemm["float32"][f"{small},{middle}"] = 2.0 * long * small * middle / max(took - call, 0.1 * took)
+        gemm["float32"][f"{small},{middle}"] = clock.product(matrix, small, middle, torch.float32, call)
     for small in (128, 512):
-        left, right = (matrix(*s, dtype=torch.bfloat16) for s in ((_LONG, small), (small, _LONG)))
-        took = clock.least(lambda left=left, right=right: torch.mm(left, right), 1)
-        gemm["bfloat16"][f"{small},{small}"] = 2.0 * _LONG * small * _LONG / max(took - call, 0.1 * took)
-    factorisations: dict[str, dict[str, float]] = {"inverse": {}, "eigh": {}, "qr": {}}
-    runs: dict[str, Callable[[torch.Tensor], Any]] = {
-        "inverse": lambda a: torch.cholesky_inverse(torch.linalg.cholesky_ex(a)[0]),
-        "eigh": torch.linalg.eigh,
-        "qr": torch.linalg.qr,
-    }
-    for n in _FACTORS:
-        x = matrix(n, 2 * n)
-        positive = x @ x.mT / n + torch.eye(n, device=device)
-        for name, run in runs.items():
-            known = factorisations[name]
-            if not known or not clock.over(0.8 if name == "inverse" else 0.7):
-                known[str(n)] = clock.least(lambda run=run, positive=positive: run(positive), 3)
+        gemm["bfloat16"][f"{small},{small}"] = clock.product(matrix, small, small, torch.bfloat16, call)
+    factorise([n for n in _FACTORS if n > _ALWAYS], 0.7)
     bandwidth = {}
     for size in _BYTES:
         if bandwidth and clock.over(1.0):
@@ -210,6 +213,13 @@ def measure(device: torch.device | str = "cpu", seconds: float = _SECONDS) -> Pr
         described(device), torch.__version__, gemm, factorisations["inverse"], factorisations["eigh"],
         factorisations["qr"], bandwidth, call,
     )  # fmt: skip
+
+
+_FACTORISATIONS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "inverse": lambda a: torch.cholesky_inverse(torch.linalg.cholesky_ex(a)[0]),
+    "qr": torch.linalg.qr,
+    "eigh": torch.linalg.eigh,
+}
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,15 @@ class _Clock:
             if self.over(0.9) or times[-1] > 0.05 * (self.deadline - self.start):
                 break
         return max(min(times[1:] or times), 1e-9)
+
+    def product(
+        self, matrix: Callable[..., torch.Tensor], small: int, middle: int, dtype: torch.dtype, call: float
+    ) -> float:
+        """Operations a second of a product whose smallest extents are these."""
+        long = max(_LONG, middle)
+        left, right = matrix(long, small, dtype=dtype), matrix(small, middle, dtype=dtype)
+        took = self.least(lambda: torch.mm(left, right), 3)
+        return 2.0 * long * small * middle / max(took - call, 0.1 * took)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
