@@ -94,8 +94,8 @@ def misaligned_parameters(
         size = rows.largest()
         if rows.shape[1] != n:
             reason = (
-                f"{name} saw {rows.shape[1]} rows where the output has {n} (tokens routed to an expert?), so that "
-                "they cannot be told apart by example"
+                f"{name} saw {rows.shape[1]} rows where the output has {n}, so that they cannot be told apart "
+                "by example (a table of positions, or tokens routed to an expert)"
             )
         elif bool((size[1:] > 1e-6 * size.max()).any()):
             reason = f"the first axis of {name}'s input is not the batch"

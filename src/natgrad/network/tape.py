@@ -207,7 +207,7 @@ class Recorder:
             tape.hidden = tape.hidden or not torch.is_grad_enabled()
             if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
                 return
-            x = args[0] if args else kwargs.get("input")
+            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
             if isinstance(x, Tensor):
                 use = LayerUse(x.detach(), x._version, get_gradient_edge(output))
                 tape.uses.setdefault(name, []).append(use)

@@ -14,7 +14,7 @@ Jacobian that belong to the module's parameters:
 from natgrad.network.layers.attention import AttentionRule
 from natgrad.network.layers.base import LayerRule, LayerUse, Layout, Note
 from natgrad.network.layers.convolution import ConvRule, ConvTransposeRule
-from natgrad.network.layers.embedding import EmbeddingRule
+from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
 from natgrad.network.layers.refusals import why_without_rule
@@ -34,6 +34,7 @@ __all__ = [
     "NormRule",
     "Note",
     "RootMeanSquareRule",
+    "ScaledEmbeddingRule",
     "TransposedLinearRule",
     "register_layer",
     "rule_for",

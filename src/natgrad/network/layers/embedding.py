@@ -28,3 +28,11 @@ class EmbeddingRule(LayerRule):
             # autograd gives the padding row no gradient; neither may the Fisher.
             g = g * (index != embedding.padding_idx).to(g.dtype)[..., None]
         return EmbeddingRows(index, g, embedding.num_embeddings, embedding.padding_idx)
+
+
+class ScaledEmbeddingRule(EmbeddingRule):
+    """An embedding whose output is multiplied by a number that the module calls ``embed_scale``."""
+
+    def rows(self, module: nn.Module, x: Tensor, g: Tensor, trainable: tuple[str, ...]) -> Rows:
+        embedding: Any = module
+        return super().rows(module, x, g * embedding.embed_scale, trainable)

@@ -23,5 +23,5 @@ def why_without_rule(module: nn.Module, name: str) -> str:
     if rule is not None:
         return f"the layer rule for {kind} does not know {name}"
     if kind.endswith("Experts") and isinstance(found := getattr(module, name, None), Tensor) and found.dim() == 3:
-        return f"no layer rule for {kind}: its experts are fused in one tensor; experts made of one nn.Linear each have"
+        return f"no layer rule for {kind}: its experts are fused in one tensor; one nn.Linear per expert would have one"
     return f"no layer rule for {kind}"

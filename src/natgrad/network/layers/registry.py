@@ -10,7 +10,7 @@ from torch import nn
 from natgrad.network.layers.attention import AttentionRule
 from natgrad.network.layers.base import LayerRule
 from natgrad.network.layers.convolution import ConvRule, ConvTransposeRule
-from natgrad.network.layers.embedding import EmbeddingRule
+from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
 
@@ -39,6 +39,8 @@ NAMED_RULES: dict[str, LayerRule] = {
     "transformers.pytorch_utils.Conv1D": TransposedLinearRule(),
     "transformers.models.*RMSNorm": RootMeanSquareRule(),
     "transformers.models.*T5LayerNorm": RootMeanSquareRule(),
+    "transformers.models.*ScaledWordEmbedding": ScaledEmbeddingRule(),
+    "transformers.models.falcon.*FalconLinear": _LINEAR,
 }
 """Rules of types known by name, ``module.QualifiedName`` with ``*`` for any characters; the first that fits."""
 
