@@ -425,6 +425,43 @@ def test_a_tied_head_on_picked_tokens_has_factors_and_no_rows():
     assert 0.3 < float(kept.trace() / exact.trace()) < 3
 
 
+class AllAndPicked(nn.Module):
+    """A layer and a table that see all tokens, and once more the picked ones alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h, picked = torch.tanh(self.mix(self.embedding(tokens))), tokens < 3
+        return self.mix((h + h.mean(1, keepdim=True))[picked] * self.embedding(tokens[picked]))
+
+
+def test_uses_with_different_examples_add_up_in_factors():
+    model = prepared(AllAndPicked())
+    tape = record(model, TOKENS)
+    assert uncovered_parameters(tape) == {} and len(misaligned_parameters(tape)) == 3
+    got = ng.fisher(model, ng.Gaussian(), TOKENS, structure=ng.Kronecker()).to_dense()
+    hot, picked = F.one_hot(TOKENS, 6).double(), TOKENS < 3
+    table, (weight, bias) = model.embedding.weight.detach(), (p.detach() for p in model.mix.parameters())
+    e, f = (hot @ table).requires_grad_(), (hot[picked] @ table).requires_grad_()
+    z = e @ weight.T + bias
+    h = z.tanh()
+    second = (h + h.mean(1, keepdim=True))[picked] * f
+    output = second @ weight.T + bias
+    columns = torch.eye(3, dtype=torch.float64)[:, None].expand(3, *output.shape)
+    grads = [torch.autograd.grad(output, (z, e, f), c, retain_graph=True) for c in columns]
+    first, embedded, again = (torch.stack(t) for t in zip(*grads, strict=True))
+    a = oracles.homogeneous(torch.cat([e.detach().flatten(0, 1), second.detach()]), True)
+    g = torch.cat([first.flatten(1, 2), columns], 1).flatten(0, 1)
+    # K-FAC with columns that are sums over examples, as they reach a layer that mixes them.
+    expected = torch.kron(g.T @ g / len(output), a.T @ a / len(a))
+    assert_close(got[18:, 18:], oracles.to_parameter_order(expected, 3, 3, True), 1e-12)
+    g = torch.cat([embedded.flatten(1, 2), again], 1).flatten(0, 1)
+    frequencies = (hot.sum((0, 1)) + hot[picked].sum(0)) / 20
+    assert_close(got[:18, :18], torch.kron(torch.diag(frequencies), g.T @ g / len(output)), 1e-12)
+
+
 # Recurrence, and what is known by name
 
 

@@ -15,6 +15,7 @@ from natgrad.network.layers.attention import AttentionRule
 from natgrad.network.layers.base import LayerRule, LayerUse, Layout, Note
 from natgrad.network.layers.convolution import ConvRule, ConvTransposeRule
 from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
+from natgrad.network.layers.functional import FunctionalLinearRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
 from natgrad.network.layers.refusals import why_without_rule
@@ -27,6 +28,7 @@ __all__ = [
     "ConvRule",
     "ConvTransposeRule",
     "EmbeddingRule",
+    "FunctionalLinearRule",
     "LayerRule",
     "LayerUse",
     "Layout",

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.network.layers.base import LayerRule, LayerUse, Layout, Note
+from natgrad.network.layers.functional import watch_calls
 from natgrad.network.layers.linear import LinearRule
 from natgrad.network.rows import LinearRows, Rows, with_ones
 
@@ -45,31 +45,7 @@ class AttentionRule(LayerRule):
         raise NotImplementedError("The uses of attention's projections come with rules of their own.")
 
     def watch(self, module: nn.Module, note: Note) -> Callable[[], None]:
-        watching: list[_Projections] = []
-
-        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if torch.compiler.is_compiling():
-                return
-            if not torch.is_grad_enabled():
-                note("", None)
-                return
-            watching.append(_Projections(module, note))
-            watching[-1].__enter__()
-
-        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if watching:
-                watching.pop().__exit__(None, None, None)
-
-        handles = (
-            module.register_forward_pre_hook(begin),
-            module.register_forward_hook(end, prepend=True, always_call=True),
-        )
-
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return stop
+        return watch_calls(module, note, lambda: _Projections(module, note))
 
 
 @dataclass(frozen=True)
@@ -99,7 +75,7 @@ class ProjectionRule(LinearRule):
 
 
 class _Projections(TorchFunctionMode):
-    """Notes the projections of one call of the module."""
+    """Notes the projections of one call of the module. Under it, attention does not take its way without gradients."""
 
     def __init__(self, module: Any, note: Note) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from natgrad.network.layers.attention import AttentionRule
 from natgrad.network.layers.base import LayerRule
 from natgrad.network.layers.convolution import ConvRule, ConvTransposeRule
 from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
+from natgrad.network.layers.functional import FunctionalLinearRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
 
@@ -40,6 +41,7 @@ NAMED_RULES: dict[str, LayerRule] = {
     "transformers.models.*RMSNorm": RootMeanSquareRule(),
     "transformers.models.*T5LayerNorm": RootMeanSquareRule(),
     "transformers.models.*ScaledWordEmbedding": ScaledEmbeddingRule(),
+    "transformers.models.*Router": FunctionalLinearRule(),
     "transformers.models.falcon.*FalconLinear": _LINEAR,
 }
 """Rules of types known by name, ``module.QualifiedName`` with ``*`` for any characters; the first that fits."""
