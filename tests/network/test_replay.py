@@ -173,13 +173,16 @@ def test_replays_that_overlap_in_threads_leave_no_setting_behind():
             else:
                 other_began.set()
                 first.join(20)
+                inside.append(torch.backends.cuda.flash_sdp_enabled())
             return super().forward(x)
 
     def settings():
         kernels = [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()]
         return kernels, eval_frame._stance.stance, kinds.CheckpointFunction
 
+    inside: list[bool] = []
     model, before = Waits(2, 2), settings()
+    assert before[0] == [True, True]
     x = torch.ones(3, 2)
     first = threading.Thread(target=lambda: Pass(model, (x,), {}).run())
     second = threading.Thread(target=lambda: Pass(model, (x,), {}).run())
@@ -188,4 +191,5 @@ def test_replays_that_overlap_in_threads_leave_no_setting_behind():
     second.start()
     first.join(20)
     second.join(20)
+    assert inside == [False]  # the second still needs it when the first has left
     assert settings() == before

@@ -109,6 +109,13 @@ def test_gsde_and_bad_scales_are_refused() -> None:
         likelihood_for(env.action_space, 0.0)
 
 
+@pytest.mark.parametrize("given", [ng.Categorical(), likelihood_for(SPACES["box"])], ids=["plain", "of other actions"])
+def test_a_likelihood_of_something_else_is_refused(given: Any) -> None:
+    options = {"optimizer_class": ng.KFAC, "optimizer_kwargs": {"likelihood": given}}
+    with pytest.raises(ng.errors.ArgumentError, match=r"Give likelihood_for\(env.action_space\)"):
+        sb3.A2C(NaturalPolicy, Anything(SPACES["discrete"]), policy_kwargs=options, device="cpu")
+
+
 def natural(env: gym.Env) -> dict[str, Any]:
     options = {"likelihood": likelihood_for(env.action_space, 1.0), "search": ng.KLClip(1e-3)}
     return {"net_arch": [8], "optimizer_class": ng.KFAC, "optimizer_kwargs": options}

@@ -15,7 +15,7 @@ from torch import nn
 import natgrad.rl as rl
 from natgrad.errors import ArgumentError, NonFiniteError, SnapshotError
 from natgrad.rl import store
-from natgrad.rl.heads import SquashedHead
+from natgrad.rl.heads import GaussianHead, SquashedHead
 from natgrad.rl.normalise import RunningMoments, Unchanged
 from natgrad.rl.policy import Policy
 
@@ -40,7 +40,10 @@ SHAPES = {
 
 
 def made(head, shape: str) -> Policy:
-    policy, _ = rl.build(4, head, **{"hidden": (6, 5)} | SHAPES[shape])
+    options = {"hidden": (6, 5)} | SHAPES[shape]
+    if not isinstance(head, GaussianHead):
+        options.pop("state_dependent_scale", None)
+    policy, _ = rl.build(4, head, **options)
     if shape == "double":
         for p in policy.parameters():
             p.data = p.data.double()

@@ -314,7 +314,7 @@ class _Faults:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, EnvironmentFault):
             raise EnvironmentFault(f"{self.name} raised {type(error).__name__} in {self.what}: {error}") from error
 
 

@@ -10,6 +10,7 @@ import torch
 
 from natgrad.errors import ArgumentError
 from natgrad.rl.environments import Environments
+from natgrad.rl.fit import check_policy
 from natgrad.rl.policy import Policy
 from natgrad.rl.vector import EnvironmentLike, Mode, make
 
@@ -62,17 +63,21 @@ def evaluate(
             end is waited for without end.
 
     Raises:
-        ArgumentError: ``max_steps`` below one, or a ``VectorEnv`` of another number of environments.
+        ArgumentError: ``episodes`` or ``max_steps`` below one, a policy of another environment, or a ``VectorEnv``
+            of another number of environments.
         EnvironmentFault: an environment failed.
         NonFiniteError: the policy's output is not finite.
     """
     if max_steps is not None and max_steps < 1:
         raise ArgumentError(f"max_steps must be at least 1, or None for no limit, got {max_steps}.")
+    if episodes < 1:
+        raise ArgumentError(f"episodes must be at least 1, got {episodes}.")
     vector = make(environment, episodes, mode=mode, import_code=import_code)
     try:
         if vector.num_envs != episodes:
             raise ArgumentError(f"{vector.num_envs} environments cannot run {episodes} episodes: one each.")
         environments = Environments(vector, seed, HELD_OUT)
+        check_policy(policy, environments)
         return _whole_episodes(policy, environments, None if deterministic else seed, max_steps)
     finally:
         if vector is not environment:

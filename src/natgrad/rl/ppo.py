@@ -36,7 +36,7 @@ class PPO:
         penalty: β of the penalty β KL(old ‖ new), exact by the distributions; None: no penalty. After every update β
             doubles where the measured KL exceeds 1.5 ``target_kl`` and halves below ``target_kl`` / 1.5 (Schulman et
             al. 2017, section 4), within a factor of 64 of where it began: a penalty that had faded could not return.
-        target_kl: set-point of the penalty.
+        target_kl: set-point of the penalty, and refused without one: ``max_kl`` is what ends an update.
         max_kl: a hard limit: after each minibatch step KL(old ‖ new) is measured on all samples, and a step beyond the
             limit is taken back and ends the update of the policy (the critic's goes on). None: no limit.
         epochs, batch: passes over the samples, and samples of a step (sequences × steps with a memory).
@@ -67,6 +67,11 @@ class PPO:
     def __post_init__(self) -> None:
         if self.clip is None and self.penalty is None and self.max_kl is None:
             raise ArgumentError("Nothing would hold the policy back: give clip, penalty or max_kl.")
+        if self.penalty is None and self.target_kl != PPO.target_kl:
+            raise ArgumentError(
+                f"target_kl={self.target_kl} is the set-point of the penalty, and there is none. Give penalty, or "
+                "max_kl for a limit that ends the update."
+            )
         limits = ("clip", "penalty", "max_kl", "target_kl", "lr")
         check_positive(self, *(name for name in limits if getattr(self, name) is not None))
         check_positive(self, "gradient_norm", "step_kl")

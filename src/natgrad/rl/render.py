@@ -17,6 +17,7 @@ from gymnasium.vector import SyncVectorEnv
 from natgrad.errors import ArgumentError, MissingExtraError, UnsupportedError
 from natgrad.rl.environments import Environments
 from natgrad.rl.evaluate import HELD_OUT
+from natgrad.rl.fit import check_policy
 from natgrad.rl.policy import Policy
 from natgrad.rl.vector import EnvironmentLike, make
 
@@ -81,6 +82,7 @@ def film(
         camera = _Camera(vector.envs[0], limit, every)
         vector.envs[0] = camera
         environments = Environments(vector, seed, HELD_OUT)
+        check_policy(policy, environments)
     except _Blind as blind:
         raise _unsupported(blind) from blind
     except (ArgumentError, UnsupportedError):

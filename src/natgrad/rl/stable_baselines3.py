@@ -153,6 +153,7 @@ class NaturalPolicy(ActorCriticPolicy):
 
     Raises:
         UnsupportedError: gSDE (``use_sde=True``), whose noise the likelihood does not know.
+        ArgumentError: a likelihood that is not :func:`likelihood_for` the actions.
     """
 
     outputs: Outputs
@@ -164,7 +165,16 @@ class NaturalPolicy(ActorCriticPolicy):
         if isinstance(self.optimizer, NaturalGradient):
             if self.use_sde:
                 raise UnsupportedError("gSDE has no likelihood in natgrad. Use the policy without use_sde=True.")
+            self._check_likelihood(self.optimizer_kwargs.get("likelihood", likelihood_for(self.action_space)))
             self.optimizer.attach(self.outputs)
+
+    def _check_likelihood(self, given: Any) -> None:
+        expected = likelihood_for(self.action_space)
+        if not (isinstance(given, ActionAndValue) and given.action == expected.action):
+            raise ArgumentError(
+                f"The likelihood {given} is not that of this policy, whose outputs are those of the action and the "
+                "value. Give likelihood_for(env.action_space)."
+            )
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, log-probabilities and entropy, by one observed pass."""

@@ -15,6 +15,7 @@ from natgrad.errors import ArgumentError, EnvironmentFault, NonFiniteError
 from natgrad.rl import checkpoint
 from natgrad.rl.algorithm import Algorithm, Setup
 from natgrad.rl.environments import Environments
+from natgrad.rl.fit import check_policy, does_not_fit
 from natgrad.rl.objective import behaviour, entropy, explained_variance, mean_kl, surrogate
 from natgrad.rl.policy import Critic, Policy, build
 from natgrad.rl.rollout import Collector, Samples
@@ -100,7 +101,7 @@ class Training:
             networks = self._networks()
         self.policy: Policy = networks[0].to(device)
         self.critic: Critic = networks[1].to(device)
-        self._check_policy()
+        check_policy(self.policy, environments)
         self._check_critic()
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.learner = self.algorithm.learner(self.policy, self.critic, seed)
@@ -120,7 +121,10 @@ class Training:
         self.earlier, self._since = 0.0, time.perf_counter()
         self.resumed: bool | None = None
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ArgumentError(f"folder={str(self.path.parent)!r} is a file, or lies in one: {error}") from error
             if self.path.exists():
                 checkpoint.resume(self, self.path)
 
@@ -140,23 +144,6 @@ class Training:
                 log_scale=setup.log_scale,
             )
 
-    def _check_policy(self) -> None:
-        """Raises ArgumentError unless the policy takes the environment's observations and gives actions it has."""
-        environments, policy = self.environments, self.policy
-        parameter = next(policy.parameters())
-        observations = torch.from_numpy(environments.observations).to(parameter)
-        starts = torch.ones(environments.n, device=parameter.device)
-        try:
-            actions = policy.act(observations, memory=policy.start(environments.n), starts=starts)[0]
-        except RuntimeError as error:
-            raise self._does_not_fit("policy", error) from error
-        space, action = environments.vector.single_action_space, policy.head.to_environment(actions)[0]
-        if bool(torch.isfinite(actions).all()) and not space.contains(action):
-            raise ArgumentError(
-                f"{policy.head} gives actions such as {action!r}, but those of {environments.name} are {space}. Take "
-                "the head that natgrad.rl.head_for(env.action_space) gives."
-            )
-
     @torch.no_grad()
     def _check_critic(self) -> None:
         """Raises ArgumentError unless the critic takes what the policy takes, and gives one value of each state."""
@@ -172,19 +159,13 @@ class Training:
         try:
             values = critic(rows.unsqueeze(1) if critic.recurrent else rows, starts, critic.start(n))
         except RuntimeError as error:
-            raise self._does_not_fit("critic", error) from error
+            raise does_not_fit("critic", self.environments, error) from error
         expected = (n, 1, 1) if critic.recurrent else (n, 1)
         if values.shape != expected:
             raise ArgumentError(
                 f"The critic gave outputs of shape {tuple(values.shape)} for {n} states, and must give {expected}: one "
                 "column, the value. Give its body a last layer of one output."
             )
-
-    def _does_not_fit(self, network: str, error: RuntimeError) -> ArgumentError:
-        return ArgumentError(
-            f"The {network} does not take observations of {self.environments.name}, which have "
-            f"{self.environments.observations.shape[1]} entries: {error}"
-        )
 
     @property
     def seconds(self) -> float:

@@ -71,7 +71,7 @@ class _Maker:
     def __call__(self) -> gym.Env:
         given = self.environment
         env = gym.make(given, **self.options) if isinstance(given, str) else given()
-        self.name = _name_of_one(env)
+        self.name = name_of_one(env)
         return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
 
 
@@ -84,24 +84,42 @@ class _InTurn(SyncVectorEnv):
         terminated, truncated = np.empty(self.num_envs, dtype=bool), np.empty(self.num_envs, dtype=bool)
         infos: dict[str, Any] = {}
         for i, env in enumerate(self.envs):
-            self._env_obs[i], rewards[i], terminated[i], truncated[i], info = env.step(actions[i])
-            if "action_mask" in info:
+            self._env_obs[i], reward, terminated[i], truncated[i], info = env.step(actions[i])
+            try:
+                rewards[i] = reward
+            except (TypeError, ValueError) as error:
+                raise EnvironmentFault(
+                    f"{name_of_one(env)} gave the reward {reward!r} in environment {i}, which is not one number."
+                ) from error
+            if info and "action_mask" in info:
                 infos = self._add_info(infos, {"action_mask": info["action_mask"]}, i)
         self._autoreset_envs = terminated | truncated
+        return self._stacked(), rewards, terminated, truncated, infos
+
+    def _stacked(self) -> np.ndarray:
         observations: Any = self._env_obs
-        return np.stack(observations), rewards, terminated, truncated, infos
+        try:
+            return np.stack(observations)
+        except ValueError as error:
+            shapes, wanted = [np.shape(o) for o in observations], self.single_observation_space.shape
+            i = next((i for i, shape in enumerate(shapes) if shape != wanted), 0)
+            raise EnvironmentFault(
+                f"{name_of_one(self.envs[i])} gave an observation of shape {shapes[i]} in environment {i}, but its "
+                f"observation space promises {wanted}."
+            ) from error
 
 
 def name_of(vector: VectorEnv) -> str:
     """What the environment is called: its id, or its class."""
     base = vector.unwrapped
     if isinstance(base, SyncVectorEnv):
-        return _name_of_one(base.envs[0])
+        return name_of_one(base.envs[0])
     if isinstance(base, AsyncVectorEnv) and isinstance(base.env_fns[0], _Maker):
         return base.env_fns[0].name  # known from the one that gymnasium made in this process to ask for its spaces
     spec = base.get_attr("spec")[0] if isinstance(base, AsyncVectorEnv) else getattr(vector, "spec", None)
     return getattr(spec, "id", None) or type(base).__name__
 
 
-def _name_of_one(env: gym.Env) -> str:
+def name_of_one(env: gym.Env) -> str:
+    """What one environment is called."""
     return getattr(env.spec, "id", None) or type(env.unwrapped).__name__
