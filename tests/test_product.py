@@ -93,7 +93,6 @@ def test_every_model(model, estimate, structure, generator):
 # Parameters that no layer rule can serve: everything else must be served by one, or large models become slow.
 WITHOUT_RULE = {
     "raw_parameter": {"gain", "temperature"},
-    "lstm": {f"lstm.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     "tied_head": {"embedding.weight"},
     "cross_attention": {"attention.bias_k", "attention.bias_v"},
     "experts": {f"experts.{i}.{n}" for i in range(2) for n in ("weight", "bias")},  # rows of single tokens

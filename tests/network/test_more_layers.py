@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.network import cells, misaligned_parameters, record, register_layer, uncovered_parameters
-from natgrad.network.layers import NAMED_RULES, LinearRule, RootMeanSquareRule, registry
+from natgrad.network.layers import NAMED_RULES, RULES, LinearRule, RootMeanSquareRule, registry
 from natgrad.network.tied import TiedRows
 from natgrad.testing import oracles, zoo
 from support import assert_close, distance, problem
@@ -465,10 +465,93 @@ def test_uses_with_different_examples_add_up_in_factors():
 # Recurrence, and what is known by name
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
-def test_recurrent_layers_say_what_would_be_covered(kind):
-    found = cells(nn.Sequential(kind(2, 3)))
-    assert all(c.module is None and f"no layer rule for {kind.__name__}: its gates" in c.reason for c in found)
+class Recurs(nn.Module):
+    """A recurrent layer of which the output, a final state or both are used, from a state that is given or none."""
+
+    def __init__(self, layer: nn.Module, used: str, start: bool) -> None:
+        super().__init__()
+        self.layer, self.used, self.start = layer, used, start
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, hx = self.layer, None
+        if self.start:
+            h = normal(layer.num_layers * (2 if layer.bidirectional else 1), len(x), layer.hidden_size)
+            hx = (h, h.flip(0) / 2) if isinstance(layer, nn.LSTM) else h
+        out, state = layer(x if layer.batch_first else x.transpose(0, 1), hx)
+        out = out if layer.batch_first else out.transpose(0, 1)
+        final = state if isinstance(state, Tensor) else state[0] * state[1]
+        final = final.transpose(0, 1)
+        return {"output": out, "state": final, "both": out.flatten(1) + final.sum((1, 2))[:, None]}[self.used]
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(2, 3, batch_first=True),
+    "lstm_deep": lambda: nn.LSTM(2, 2, num_layers=2, bidirectional=True),
+    "gru": lambda: nn.GRU(2, 3, bidirectional=True, batch_first=True),
+    "gru_deep": lambda: nn.GRU(2, 3, num_layers=2, bias=False),
+    "rnn": lambda: nn.RNN(2, 3, num_layers=2),
+    "rnn_relu": lambda: nn.RNN(2, 3, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.parametrize("used", ["output", "state", "both"])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_rows_of_recurrent_layers(name, start, used):
+    model = prepared(Recurs(RECURRENT[name](), used, start))
+    checked_rows(model, normal(3, 4, 2), parameter_names(model))
+
+
+class StepByStep(nn.Module):
+    """The LSTM with its two products as Linear layers that are called at every step."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.ih, self.hh = nn.Linear(2, 12).double(), nn.Linear(3, 12).double()
+        with torch.no_grad():
+            for layer, side in ((self.ih, "ih"), (self.hh, "hh")):
+                layer.weight.copy_(getattr(lstm, f"weight_{side}_l0"))
+                layer.bias.copy_(getattr(lstm, f"bias_{side}_l0"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 3)
+        outputs = []
+        for t in range(x.shape[1]):
+            i, f, g, o = (self.ih(x[:, t]) + self.hh(h)).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("sharing", STRUCTURES)
+def test_factors_of_an_lstm_are_those_of_its_products(sharing):
+    model, x = prepared(Recurs(nn.LSTM(2, 3, batch_first=True), "output", False)), normal(3, 4, 2)
+    twin = StepByStep(model.layer)
+    f = twin(x).detach()
+    assert_close(model(x).detach(), f, 1e-12)
+    got = ng.fisher(model, ng.Gaussian(), x, structure=STRUCTURES[sharing])
+    slices, dense = oracles.parameter_slices(model), got.to_dense()
+    columns = oracles.exact_columns(torch.eye(3, dtype=torch.float64).expand(*f.shape, 3))
+    for name, record_ in oracles.record_layers(twin, x, ["ih", "hh"]).items():
+        A, G = oracles.kronecker_factors(oracles.join_uses(record_), columns, 12, bias=True, reduce=sharing == "reduce")
+        keys = [slices[f"layer.{kind}_{name}_l0"] for kind in ("weight", "bias")]
+        index = torch.cat([torch.arange(k.start, k.stop) for k in keys])
+        expected = oracles.to_parameter_order(torch.kron(G, A), 12, A.shape[0] - 1, True)
+        assert_close(dense[index][:, index], expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.LSTM(2, 3, 2, dropout=0.1), "no layer rule for LSTM with proj_size or with dropout between layers"),
+        (nn.LSTM(2, 3, proj_size=2), "one LSTM per layer has one"),
+        (nn.LSTMCell(2, 3), "no layer rule for LSTMCell; nn.LSTM has one"),
+    ],
+)
+def test_recurrent_layers_without_a_rule_say_what_has_one(layer, reason):
+    found = cells(nn.Sequential(layer))
+    assert all(c.module is None and reason in c.reason for c in found)
 
 
 def test_fused_experts_say_what_would_be_covered():
@@ -483,6 +566,34 @@ def test_fused_experts_say_what_would_be_covered():
 
 class Elsewhere(nn.Linear):
     """Known by its name alone."""
+
+
+class Gained(nn.Module):
+    """A norm of the published kind, whose input has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(3)), 0.1
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * hidden_states / (hidden_states.square().mean(-1, keepdim=True) + 0.1).sqrt()
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Gained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(hidden_states=x)
+
+
+def test_inputs_may_be_given_by_keyword():
+    try:
+        register_layer(Gained, RootMeanSquareRule())
+        checked_rows(prepared(Calls()), normal(3, 4, 3), {"norm.weight"})
+    finally:
+        RULES.pop(Gained, None)
 
 
 def test_layers_are_registered_by_name():

@@ -346,7 +346,6 @@ def test_the_step_is_exact_where_hooks_alone_would_be_wrong(name):
 @pytest.mark.parametrize(
     ("name", "parameter", "reason"),
     [
-        ("lstm", "lstm.weight_hh_l0", "LSTM"),
         ("tied_head", "embedding.weight", "outside its module"),
         ("raw_parameter", "temperature", "RawParameter"),
     ],

@@ -18,6 +18,7 @@ from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
 from natgrad.network.layers.functional import FunctionalLinearRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
+from natgrad.network.layers.recurrent import RecurrentRule
 from natgrad.network.layers.refusals import why_without_rule
 from natgrad.network.layers.registry import NAMED_RULES, RULES, register_layer, rule_for
 
@@ -35,6 +36,7 @@ __all__ = [
     "LinearRule",
     "NormRule",
     "Note",
+    "RecurrentRule",
     "RootMeanSquareRule",
     "ScaledEmbeddingRule",
     "TransposedLinearRule",

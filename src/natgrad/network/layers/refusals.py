@@ -6,19 +6,16 @@ from torch import Tensor, nn
 
 from natgrad.network.layers.registry import rule_for
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-
 
 def why_without_rule(module: nn.Module, name: str) -> str:
     """The reason for the parameter that ``module`` calls ``name``."""
     kind = type(module).__name__
     if hasattr(module, "parametrizations"):
         return f"the true parameters of {kind} are behind its parametrisation"
-    if isinstance(module, _RECURRENT):
-        return (
-            f"no layer rule for {kind}: its gates are inside one operation, where their gradients are not seen; "
-            "gates made of nn.Linear are"
-        )
+    if isinstance(module, nn.RNNBase) and (module.proj_size or (module.dropout and module.num_layers > 1)):
+        return f"no layer rule for {kind} with proj_size or with dropout between layers; one {kind} per layer has one"
+    if isinstance(module, nn.RNNCellBase):
+        return f"no layer rule for {kind}; nn.{kind.removesuffix('Cell')} has one, and so have gates made of nn.Linear"
     rule = rule_for(module)
     if rule is not None:
         return f"the layer rule for {kind} does not know {name}"

@@ -14,8 +14,10 @@ from natgrad.network.layers.embedding import EmbeddingRule, ScaledEmbeddingRule
 from natgrad.network.layers.functional import FunctionalLinearRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
+from natgrad.network.layers.recurrent import RecurrentRule
 
 _LINEAR, _CONV, _CONV_TRANSPOSE, _NORM = LinearRule(), ConvRule(), ConvTransposeRule(), NormRule()
+_RECURRENT = RecurrentRule()
 RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: _LINEAR,
     nn.modules.linear.NonDynamicallyQuantizableLinear: _LINEAR,
@@ -27,6 +29,9 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.ConvTranspose3d: _CONV_TRANSPOSE,
     nn.Embedding: EmbeddingRule(),
     nn.MultiheadAttention: AttentionRule(),
+    nn.LSTM: _RECURRENT,
+    nn.GRU: _RECURRENT,
+    nn.RNN: _RECURRENT,
     nn.LayerNorm: _NORM,
     nn.RMSNorm: _NORM,
     nn.GroupNorm: _NORM,
