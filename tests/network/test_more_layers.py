@@ -541,6 +541,20 @@ def test_factors_of_an_lstm_are_those_of_its_products(sharing):
         assert_close(dense[index][:, index], expected, 1e-12)
 
 
+def test_ignored_steps_have_no_part_in_the_inputs_of_either_direction():
+    model = prepared(Recurs(nn.GRU(2, 3, bidirectional=True, bias=False, batch_first=True), "output", False))
+    x = normal(3, 4, 2)
+    labels = torch.tensor([[1, 0, -100, -100], [2, 5, 3, -100], [4, -100, -100, -100]])
+    got = ng.fisher(model, ng.Weighted(ng.Categorical(), ignore_index=-100), x, labels, structure=ng.Kronecker())
+    real = x[labels != -100]
+    expected = real.T @ real / len(real)
+    dense, slices = got.to_dense(), oracles.parameter_slices(model)
+    for suffix in ("_l0", "_l0_reverse"):
+        part = slices[f"layer.weight_ih{suffix}"]
+        A = torch.einsum("oioj->ij", dense[part, part].reshape(9, 2, 9, 2))
+        assert_close(A / A.trace(), expected / expected.trace(), 1e-12)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
