@@ -5,6 +5,7 @@ from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Euclidean, Hessian
 from natgrad.metric.kronecker import EigenKronecker, Kronecker
 from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
+from natgrad.metric.sampling import Sampling
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
 
@@ -32,6 +33,7 @@ __all__ = [
     "ParameterOperator",
     "ProductStatistics",
     "RowStatistics",
+    "Sampling",
     "Signed",
     "Statistics",
     "Structure",

@@ -11,7 +11,7 @@ acting on the row-major vector of ``[W | b]``, shape ``[out, in + 1]``:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, Lin
 from natgrad.linalg.products import gram
 from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_eigenvalues
 from natgrad.metric.estimate import Factor, random_signs
+from natgrad.metric.sampling import Picks, Sampling
 from natgrad.metric.statistics import Bases, Moment, Moments
 from natgrad.metric.structure import Means, Structure
 from natgrad.metric.tied import tied_moments
@@ -39,26 +40,31 @@ class Kronecker(Structure):
     Args:
         sharing: ``"expand"`` treats every shared position (token, pixel) as an independent example, ``"reduce"``
             aggregates positions first: exact for mean-pooled linear networks, and cheaper.
+        sampling: the part of the batch that the factors are estimated from. Averages of other parts go on with it, so
+            a checkpoint does not ask for the same one.
     """
 
     # K-FAC's usual practice with BatchNorm: what a layer of the coupled batch sees counts as its own.
     by_example: ClassVar[bool] = False
 
     sharing: Literal["expand", "reduce"] = "expand"
+    sampling: Sampling = field(default=Sampling(), repr=False)
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ArgumentError(f"sharing={self.sharing!r} was given; use 'expand' or 'reduce'.")
+        if not isinstance(self.sampling, Sampling):
+            raise ArgumentError(f"sampling={self.sampling!r} was given; it must be ng.Sampling(fraction).")
 
     @classmethod
-    def expand(cls) -> Kronecker:
+    def expand(cls, sampling: Sampling = Sampling()) -> Kronecker:
         """Every shared position is an example of its own."""
-        return cls("expand")
+        return cls("expand", sampling)
 
     @classmethod
-    def reduce(cls) -> Kronecker:
+    def reduce(cls, sampling: Sampling = Sampling()) -> Kronecker:
         """Shared positions are aggregated before the outer products."""
-        return cls("reduce")
+        return cls("reduce", sampling)
 
     @property
     def aligned(self) -> bool:
@@ -77,17 +83,17 @@ class Kronecker(Structure):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = self._row_chunks(tape, factor, partition, generator)
-        return Moments(self._factor_moments(chunks, factor), factor.normaliser)
+        return Moments(self._factor_moments(chunks, factor, self.sampling.picks(generator)), factor.normaliser)
 
     def _factor_moments(
-        self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor
+        self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor, picks: Picks
     ) -> dict[str, dict[str, Moment]]:
         """Moments of every cell, summed over the chunks of columns."""
         values: dict[str, dict[str, Moment]] = {}
         for rows in chunks:
             for name, row in rows.items():
                 kinds = values.setdefault(name, {})
-                for kind, moment in self._moments(row, factor, first="input" not in kinds).items():
+                for kind, moment in self._moments(row, factor, picks, first="input" not in kinds).items():
                     kinds[kind] = kinds[kind] + moment if kind in kinds else moment
         return values
 
@@ -104,7 +110,7 @@ class Kronecker(Structure):
                 rows.update({c.name: g.reshape(len(g), -1) for c, g in zip(raw, grads, strict=True) if g is not None})
             yield rows
 
-    def _moments(self, rows: Rows | Tensor, factor: Factor, first: bool) -> dict[str, Moment]:
+    def _moments(self, rows: Rows | Tensor, factor: Factor, picks: Picks, first: bool) -> dict[str, Moment]:
         """Moments of one cell; ``first`` is false once the inputs, which all columns share, are counted."""
         if isinstance(rows, Tensor):
             return {"diagonal": Moment(accumulation(rows).square().sum(0))}
@@ -113,30 +119,33 @@ class Kronecker(Structure):
         if isinstance(rows, LinearRows):
             g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
             groups, out = g.shape[1], g.shape[-1]
-            g = g.transpose(0, 1).reshape(groups, -1, out)
+            g = picks.scores(g.transpose(0, 1).flatten(2, 3)).reshape(groups, -1, out)
             found = {"output": Moment(gram(g))}
-            return found | {"input": self._input_moment(rows, factor)} if first else found
+            return found | {"input": self._input_moment(rows, factor, picks)} if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
-            g = g.flatten(0, 2)
+            g = picks.scores(g.flatten(1, 2)).flatten(0, 1)
             found = {"output": Moment(gram(g))}
             return found | {"input": self._token_moment(rows, factor)} if first else found
         return {"diagonal": Moment(rows.squared_sum())}
 
-    def _input_moment(self, rows: LinearRows, factor: Factor) -> Moment:
+    def _input_moment(self, rows: LinearRows, factor: Factor, picks: Picks) -> Moment:
         """``Σ w a aᵀ`` over examples and positions."""
         a = rows.a
         groups, n, s, fan_in = a.shape
         w = _position_weights(factor, n, rows.spans or (s,))
-        if w is None:
-            inputs = a.mean(2) if self.sharing == "reduce" else a.reshape(groups, n * s, fan_in)
-            return Moment(gram(inputs), a.new_full((), inputs.shape[1]))
-        if self.sharing == "reduce":
+        if self.sharing == "expand":
+            inputs, w = a.reshape(groups, n * s, fan_in), None if w is None else w.flatten()
+        elif w is None:
+            inputs = a.mean(2)
+        else:
             per_row = w.sum(1)
-            mean = (a * w[..., None]).sum(2) / per_row.clamp_min(torch.finfo(a.dtype).tiny)[:, None]
-            return Moment(gram(mean, mean * per_row[:, None]), w.sum())
-        inputs = a.reshape(groups, n * s, fan_in)
-        return Moment(gram(inputs, inputs * w.reshape(-1, 1)), w.sum())
+            inputs = (a * w[..., None]).sum(2) / per_row.clamp_min(torch.finfo(a.dtype).tiny)[:, None]
+            w = per_row
+        inputs, w = picks.inputs(inputs, w)
+        if w is None:
+            return Moment(gram(inputs), a.new_full((), inputs.shape[1]))
+        return Moment(gram(inputs, inputs * w[:, None]), w.sum())
 
     def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
         """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
@@ -224,8 +233,13 @@ class EigenKronecker(Kronecker):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
-        values = self._factor_moments(chunks, factor)
-        rows = {name: kept_rows((c[name] for c in chunks), tape) for name, kinds in values.items() if "output" in kinds}
+        picks = self.sampling.picks(generator)
+        values = self._factor_moments(chunks, factor, picks)
+        rows = {
+            name: kept_rows((picks.examples(c[name]) for c in chunks), tape)
+            for name, kinds in values.items()
+            if "output" in kinds
+        }
         moments = Moments(values, factor.normaliser, rows=rows)
         return projected(moments, {name: basis for name, basis in (bases or {}).items() if name in rows})
 
