@@ -34,7 +34,7 @@ from natgrad.metric import (
     fisher,
     hessian,
 )
-from natgrad.metric.running import Refresh
+from natgrad.metric.running import Refresh, Staggered
 from natgrad.optim import (
     EKFAC,
     KFAC,
@@ -109,6 +109,7 @@ __all__ = [
     "SaddleFree",
     "Sampling",
     "Signed",
+    "Staggered",
     "TrustRegion",
     "TrustRegionNGD",
     "Weighted",

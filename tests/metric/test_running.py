@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natgrad.errors import ArgumentError
-from natgrad.metric.running import Average, Refresh
+from natgrad.metric.running import Average, Refresh, Staggered
 from natgrad.metric.statistics import Moment, Moments, RowStatistics
 from natgrad.network import DenseRows
 from support import assert_close
@@ -107,3 +107,22 @@ def test_rows_of_micro_batches_are_stacked_and_missing_ones_are_zero():
     )
     assert torch.equal(joined.rows["a"].dense(), torch.cat([a, b], 1)) and float(joined.normaliser) == 8
     assert torch.equal(joined.rows["e"].dense(), torch.cat([torch.zeros(2, 3, 1).double(), extra], 1))
+
+
+def test_a_burn_in_renews_both_at_every_step():
+    refresh = Refresh(3, 4, burn_in=6)
+    assert [t for t in range(16) if refresh.inverse_due(t)] == [0, 1, 2, 3, 4, 5, 8, 12]
+    assert [t for t in range(13) if refresh.statistics_due(t)] == [0, 1, 2, 3, 4, 5, 6, 9, 12]
+    with pytest.raises(ArgumentError, match="burn_in=-1"):
+        Refresh(burn_in=-1)
+
+
+def test_staggered_renews_all_at_first_and_then_one_share_a_step():
+    refresh = Staggered(2, 5)
+    assert [t for t in range(40) if refresh.inverse_due(t)] == [0, 1, 2, 4]
+    assert [refresh.share_due(t) for t in range(5)] == [None] * 5
+    assert [refresh.share_due(t) for t in range(5, 16)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+    assert [t for t in range(9) if refresh.statistics_due(t)] == [0, 2, 4, 6, 8]
+    assert [t for t in range(40) if Staggered(1, 5, burn_in=7).inverse_due(t)] == list(range(7))
+    with pytest.raises(ArgumentError, match=r"Staggered\(inverse=0"):
+        Staggered(1, 0)

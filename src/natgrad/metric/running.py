@@ -18,28 +18,51 @@ class Refresh:
         statistics: observe the curvature every so many steps.
         inverse: renew inverses (and eigenbases) every so many steps. In the first ``inverse`` steps they are renewed
             at steps 0, 1, 2, 4, 8, … because the averages still change quickly.
+        burn_in: in the first so many steps both are renewed at every step.
 
     Raises:
-        ArgumentError: an interval below 1.
+        ArgumentError: an interval below 1, or a negative burn-in.
     """
 
     statistics: int = 1
     inverse: int = 10
+    burn_in: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("statistics", self.statistics), ("inverse", self.inverse)):
+        name = type(self).__name__
+        for field, value in (("statistics", self.statistics), ("inverse", self.inverse)):
             if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"Refresh({name}={value!r}) was given; an interval is a whole number of steps ≥ 1.")
+                raise ArgumentError(f"{name}({field}={value!r}) was given; an interval is a whole number of steps ≥ 1.")
+        if not isinstance(self.burn_in, int) or self.burn_in < 0:
+            raise ArgumentError(f"{name}(burn_in={self.burn_in!r}) was given; it is a whole number of steps ≥ 0.")
 
     def statistics_due(self, step: int) -> bool:
         """Whether curvature is observed at this step (counted from 0)."""
-        return step % self.statistics == 0
+        return step < self.burn_in or step % self.statistics == 0
 
     def inverse_due(self, step: int) -> bool:
-        """Whether inverses are renewed at this step (counted from 0)."""
-        if step < self.inverse:
-            return step & (step - 1) == 0
+        """Whether the inverses of all blocks are renewed at this step (counted from 0)."""
+        if step < max(self.burn_in, self.inverse):
+            return step < self.burn_in or step & (step - 1) == 0
         return step % self.inverse == 0
+
+
+@dataclass(frozen=True)
+class Staggered(Refresh):
+    """A ``Refresh`` that spreads the renewal of inverses evenly over the steps between two of them.
+
+    Blocks are divided into ``inverse`` shares of about equal cost (the dearest first, to whichever share is least so
+    far), and every step renews one share, so that no step takes much longer than another. In the first steps, as with
+    ``Refresh``, all are renewed together.
+    """
+
+    def inverse_due(self, step: int) -> bool:
+        """Whether the inverses of all blocks are renewed at this step (counted from 0): in the first steps only."""
+        return step < max(self.burn_in, self.inverse) and super().inverse_due(step)
+
+    def share_due(self, step: int) -> int | None:
+        """Which of the ``inverse`` shares of blocks is renewed at this step; None in the first steps."""
+        return None if step < max(self.burn_in, self.inverse) else step % self.inverse
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Picks:
             return a, weights
         return a.index_select(-2, index), None if weights is None else weights.index_select(0, index)
 
-    def examples(self, rows: Rows) -> Rows:
+    def examples(self, rows: Rows | Tensor) -> Rows | Tensor:
         """Rows of the picked examples, scaled so that their squares are right on average."""
         if not isinstance(rows, (LinearRows, EmbeddingRows)):
             return rows

@@ -7,13 +7,13 @@ the block it belongs to, as plain tensors.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.distributed import Replicas, computed_by_owners
+from natgrad.distributed import Replicas, computed_by_owners, owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver
 from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
@@ -107,12 +107,19 @@ class Curvature:
         except (NotPositiveDefiniteError, NonFiniteError):
             self.inverses = {}  # λ = 0: there is no inverse until there is data
 
-    def refresh(self, dampings: Mapping[str, Damping], solver: Solver | None) -> None:
+    def share(self, number: int, shares: int) -> frozenset[str]:
+        """The blocks of one of ``shares`` shares of about equal cost of renewal."""
+        return frozenset(name for name, owner in owners(self._costs(), shares).items() if owner == number)
+
+    def refresh(
+        self, dampings: Mapping[str, Damping], solver: Solver | None, names: Collection[str] | None = None
+    ) -> None:
         """Renew bases and inverses from what has been averaged; a block that cannot be inverted keeps its last one.
 
         Args:
             dampings: the rule of each block.
             solver: how to invert; None is each block's own method.
+            names: the blocks to renew; None for all.
 
         Raises:
             NotPositiveDefiniteError, NonFiniteError: no inverse has ever been had, or renewal failed several times in
@@ -120,9 +127,10 @@ class Curvature:
         """
         if isinstance(self.metric, Euclidean):
             return
-        stale = self._renew_bases() if self.metric.averaged else {}
+        due = [name for name in self.operators if names is None or name in names]
+        stale = self._renew_bases(due) if self.metric.averaged else {}
         failed: dict[str, NatgradError] = {}
-        for name, found in {**self._inverted(dampings, solver), **stale}.items():
+        for name, found in {**self._inverted(due, dampings, solver), **stale}.items():
             if not isinstance(found, NatgradError):
                 self.inverses[name] = found
             elif name not in self.inverses or not isinstance(found, (NotPositiveDefiniteError, NonFiniteError)):
@@ -141,11 +149,12 @@ class Curvature:
                 stacklevel=3,
             )
         if self.metric.averaged:
-            for name, inverse in self.inverses.items():
-                self._store_inverse(name, inverse)
+            for name in due:
+                if name in self.inverses:
+                    self._store_inverse(name, self.inverses[name])
 
     def _inverted(
-        self, dampings: Mapping[str, Damping], solver: Solver | None
+        self, names: Sequence[str], dampings: Mapping[str, Damping], solver: Solver | None
     ) -> dict[str, LinearOperator | NatgradError]:
         """The inverse of each block, or why there is none; each by one process alone where it can be handed on."""
 
@@ -156,7 +165,7 @@ class Curvature:
                 return error
 
         if self._replicas.size == 1 or not self.metric.averaged:
-            return {name: inverse(name) for name in self.operators}
+            return {name: inverse(name) for name in names}
 
         def parts(name: str) -> tuple[str, dict[str, Tensor]] | NatgradError | None:
             found = inverse(name)
@@ -166,7 +175,8 @@ class Curvature:
             return (matrix.kind, matrix.tensors()) if _kept(found) else None
 
         out: dict[str, LinearOperator | NatgradError] = {}
-        for name, found in computed_by_owners(self._replicas, self._costs(), parts).items():
+        costs = self._costs()
+        for name, found in computed_by_owners(self._replicas, {n: costs[n] for n in names}, parts).items():
             if found is None:  # an iterative solve cannot be handed on
                 out[name] = inverse(name)
             else:
@@ -194,9 +204,9 @@ class Curvature:
     def _rebuild(self) -> None:
         self.operators = self.metric.moment_operators(self.partition, self._means(), self.bases)
 
-    def _renew_bases(self) -> dict[str, NatgradError]:
-        """Renew eigenbases; the blocks whose basis stays as it was, and why."""
-        old, failed = self.bases, {}
+    def _renew_bases(self, names: Sequence[str]) -> dict[str, NatgradError]:
+        """Renew the eigenbases of these blocks; those whose basis stays as it was, and why."""
+        old, failed = {name: basis for name, basis in self.bases.items() if name in names}, {}
         if not old:
             return failed
         means, costs = self._means(), self._costs()

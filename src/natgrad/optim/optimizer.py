@@ -17,7 +17,7 @@ from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import LinearOperator, Solver
 from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Statistics
-from natgrad.metric.running import Refresh
+from natgrad.metric.running import Refresh, Staggered
 from natgrad.network import BlockVector, Partition, fresh_casts, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
 from natgrad.optim.checks import (
@@ -106,7 +106,7 @@ class NaturalGradient(torch.optim.Optimizer):
         solver: how; None is each structure's own method.
         search: from a direction to a step.
         average: weight of the past in the running averages of curvature, in [0, 1).
-        refresh: how often statistics and inverses are renewed.
+        refresh: how often statistics and inverses are renewed (``Refresh``), or the latter evenly (``Staggered``).
         seed: of the sampled labels and signs; the global random streams are never touched.
         maximize: climb the loss instead of descending it.
 
@@ -537,6 +537,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._changed = False
         if curvature.needs_refresh or self._refresh.inverse_due(self._steps):
             curvature.refresh(self._dampings(curvature.partition, decay), self._solver)
+        elif isinstance(self._refresh, Staggered):
+            number = self._refresh.share_due(self._steps)
+            if number is not None and (due := curvature.share(number, self._refresh.inverse)):
+                curvature.refresh(self._dampings(curvature.partition, decay), self._solver, due)
         return curvature
 
     def _statistics(self, observations: list[Observation], partition: Partition) -> Statistics:
