@@ -30,6 +30,7 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/targets.py
 
 bench-rl: .venv/.installed-dev
 	@$(PIP) --editable '.[bench]'

@@ -239,6 +239,19 @@ def operations(workload: Workload) -> Measured:
     return Measured(tuple(actions), tuple(Row(a.name, {a.name: 1.0}) for a in actions))
 
 
+def statistics_alone(workload: Workload, structure: ng.Kronecker) -> Callable[[], object]:
+    """Factor statistics on a recorded tape with sampled labels."""
+    model, metric = workload.model(), Fisher(ng.MonteCarlo(), structure)
+    tape, generator = _record(workload, model, workload.x), torch.Generator().manual_seed(0)
+    partition = metric.partition(model, uncovered_parameters(tape, generator))
+
+    def run() -> object:
+        assert tape.model is model  # the tape itself holds the model weakly
+        return metric.statistics(tape, workload.likelihood, None, partition, generator=generator)
+
+    return run
+
+
 def gram_solve(workload: Workload) -> Measured:
     """Rows, Gram matrix and damped solve of one gradient on a recorded tape."""
     model, metric = workload.model(), Fisher(ng.MonteCarlo(), ng.Gram())
