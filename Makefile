@@ -7,7 +7,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-slow check format bench bench-rl docs clean
+.PHONY: run test test-slow check format bench bench-plan bench-rl docs clean
 
 run: .venv/.installed-run
 	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --threads 1 --out runs/digits
@@ -31,6 +31,9 @@ format: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/targets.py
+
+bench-plan: .venv/.installed-dev
+	$(BIN)/python benchmarks/plan.py
 
 bench-rl: .venv/.installed-dev
 	@$(PIP) --editable '.[bench]'

@@ -1,7 +1,7 @@
 """Predicted and measured: bytes of state and time of a step over SGD's, on eight models (``make bench-plan``).
 
 All steps of one model are interleaved with SGD in one process, as in ``benchmarks/run.py``; the device profile is
-measured in the same process. A line is off by ``predicted / measured − 1``; the target is 20 % of time and 2 % of state.
+measured in the same process. ``off`` is ``predicted / measured − 1``; the target is 20 % of time and 2 % of state.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -41,7 +42,7 @@ def classifier(name: str, title: str, build: Callable[[], nn.Module], *shape: in
 
 def mlp(*widths: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for n, m in zip(widths, widths[1:], strict=False):
+    for n, m in pairwise(widths):
         layers += [nn.Linear(n, m), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
