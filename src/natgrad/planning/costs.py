@@ -181,7 +181,7 @@ def costs_of(
         sides = [s.averages["matrix"][0] for s in shapes]
         own += [gemm(n, passes.layers[0].examples, n) for n in sides]
     moments = sum(s.entries for s in shapes)
-    statistics = (*repeated((*sampled, *own), fraction), memory(moments, _AVERAGING))
+    statistics = (*sampled, *repeated(own, fraction), memory(moments, _AVERAGING))
     application = tuple(o for s in shapes for o in block_application(s))
     each = (*application, *stepping, *(search if fitted else application))
     refresh = tuple(block_refresh(s, structure) for s in shapes)

@@ -73,6 +73,8 @@ class Choice:
         parts = ["model", "likelihood"]
         if method.fitted and self.search != FIT:
             parts += ["lr=0.1", *(["momentum=0.9"] if method.scheduled else []), "search=ng.KLClip(1e-3)"]
+        if self.fraction != 1.0:
+            parts.append(f"structure=ng.{type(method.structure).__name__}(sampling=ng.Sampling({self.fraction:g}))")
         if method.scheduled and (self.statistics, self.inverse) != (1, 10):
             parts.append(f"refresh=ng.Refresh({self.statistics}, {self.inverse})")
         return f"ng.{self.preset}({', '.join(parts)})"
@@ -290,7 +292,7 @@ def _searches(method: Method) -> tuple[str, ...]:
 
 def _schedules(base: Choice, method: Method, timing: _Timing, shapes: Sequence[BlockShapes]) -> Iterator[Choice]:
     """The structure with every schedule, from the freshest to the most seldom."""
-    fractions = (1.0, 0.25, 0.0625) if method.scheduled and fraction_field() else (1.0,)
+    fractions = (1.0, 0.25, 0.0625) if isinstance(method.structure, Kronecker) and fraction_field() else (1.0,)
     rates = {f: _rates(base, method, timing, shapes, f) for f in fractions}
     for statistics, inverse, fraction in _grid(method, fractions):
         yield rates[fraction].at(replace(base, fraction=fraction), statistics, inverse)
@@ -338,8 +340,7 @@ def _grid(method: Method, fractions: tuple[float, ...]) -> list[tuple[int, int, 
 
 def fraction_field() -> str | None:
     """The name of the Kronecker structures' setting for a part of the rows; None where they have none."""
-    names = {f.name for f in fields(Kronecker)}
-    return next((name for name in ("fraction", "tokens", "rows") if name in names), None)
+    return "sampling" if "sampling" in {f.name for f in fields(Kronecker)} else None
 
 
 def _broken(choice: Choice, overhead: float | None, limit: int | None) -> str:
