@@ -35,6 +35,8 @@ FITS = ("BlockNGD", "KFAC", "EKFAC", "GramNGD")
 """Presets whose default search fits the momentum of every step itself."""
 WITHOUT_MOMENTUM = ("HessianFree", "GaussNewton", "Newton")
 CONTROLS = ("default", "momentum", "damping", "radius")
+SHARES = {"KFAC": ng.Kronecker, "EKFAC": ng.EigenKronecker}
+"""Presets that renew inverses a share at a time, and sample positions: their structures."""
 
 
 def options(preset: str, control: str) -> dict[str, Any]:
@@ -47,6 +49,8 @@ def options(preset: str, control: str) -> dict[str, Any]:
     elif control == "damping":
         inside: Any = ng.FactoredTikhonov(1.0) if preset in ("KFAC", "EKFAC") else 1.0
         out["damping"] = ng.LevenbergMarquardt(1e3 if preset == "Newton" else inside)
+    elif control == "shares":  # the shares of steps 3 to 5 are cut in two
+        out["refresh"], out["structure"] = ng.Staggered(1, 3), SHARES[preset](sampling=ng.Sampling(0.5))
     elif control == "radius" and preset == "TrustRegionNGD":
         out["max_kl"] = 1e-3
     elif control == "radius":
@@ -87,7 +91,7 @@ COMBINATIONS = [
     for control in CONTROLS
     for dtype in DTYPES
     if not (control == "momentum" and preset in WITHOUT_MOMENTUM)
-]
+] + [Combination(preset, "shares", dtype) for preset in SHARES for dtype in DTYPES]
 
 
 def train(model: nn.Module, optimizer: ng.NaturalGradient, first: int, last: int) -> list[float]:
