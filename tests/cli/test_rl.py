@@ -173,7 +173,8 @@ def test_a_seed_that_fails_keeps_its_checkpoint_and_the_others_go_on(monkeypatch
     result = run("broken:Broken-v0", *SMALL[:2], "--seeds", "3", *SMALL[4:], "--import-code", "--out", "own")
     found = Learning.load("own/learning.json")
     failed = [r for r in found.runs if r.failure]
-    assert result.exit_code == 0 and 0 < len(failed) < 3, "the seeds of this test must have both"
+    assert 0 < len(failed) < 3, "the seeds of this test must have both"
+    assert result.exit_code == 1 and f"Seed {failed[0].seed}" in result.stderr, "a script must see it"
     assert all("the [motor] broke" in (r.failure or "") for r in failed)
     assert "the [motor] broke" in result.output
     monkeypatch.setenv("FAULTS", "1")

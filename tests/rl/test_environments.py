@@ -294,6 +294,34 @@ def test_masks_are_those_of_the_present_state_in_every_autoreset_mode(mode):
     assert environments.take_finished()
 
 
+class MaskAtTimes(gym.Env):
+    """Allows action 1 alone at first, gives no mask in its second step, and none of the actions when it is over."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, dtype=np.float32), {"action_mask": np.array([0, 1, 0], dtype=np.int8)}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == 3
+        info = {"action_mask": np.full(3, not over, dtype=np.int8) * [0, 0, 1]} if self.steps != 2 else {}
+        return np.zeros(2, dtype=np.float32), 1.0, over, False, info
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_a_mask_lasts_one_step_and_none_is_asked_of_an_episode_that_is_over(mode):
+    environments = Environments(SyncVectorEnv([MaskAtTimes] * 2, autoreset_mode=mode), SEED)
+    for _ in range(3):
+        for expected in ([0, 1, 0], [0, 0, 1], [1, 1, 1]):
+            np.testing.assert_array_equal(environments.mask, [expected] * 2)
+            environments.step(environments.mask.argmax(1))
+    assert [episode.length for episode in environments.take_finished()] == [3] * 6
+
+
 def test_a_mask_for_actions_that_have_none_is_refused():
     class Other(Spaces):
         def reset(self, **options):

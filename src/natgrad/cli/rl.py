@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from natgrad.cli.rl_settings import Chosen
     from natgrad.report.learned import Learning
 
-INTERRUPTED, ALL_FAILED = 130, 1
+INTERRUPTED, FAILED = 130, 1
 
 
 def rl(
@@ -186,6 +186,8 @@ def _finish(learning: Learning, page: Path) -> None:
     if learning.interrupted:
         errors().print("Interrupted: the report holds what was done until then; the same command goes on from there.")
         raise typer.Exit(INTERRUPTED)
-    if learning.runs and all(run.failure is not None for run in learning.runs):
-        errors().print("Every seed failed; the reasons are above.")
-        raise typer.Exit(ALL_FAILED)
+    failed = [run.seed for run in learning.runs if run.failure is not None]
+    if failed:
+        which = "Every seed" if len(failed) == len(learning.runs) else f"Seed {', '.join(map(str, failed))}"
+        errors().print(f"{which} failed; the reasons are above.")
+        raise typer.Exit(FAILED)
