@@ -31,6 +31,7 @@ from natgrad.metric import (
     MonteCarlo,
     Sampling,
     Signed,
+    WidthLimits,
     fisher,
     hessian,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "TrustRegion",
     "TrustRegionNGD",
     "Weighted",
+    "WidthLimits",
     "audit",
     "fisher",
     "hessian",

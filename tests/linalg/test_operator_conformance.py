@@ -51,6 +51,23 @@ def stacked_eigen() -> Case:
     return la.KroneckerEigen(u, None, values), blocks(*parts)
 
 
+STACKS = la.BlockStacks((spd_stack(2, 2), spd_stack(1, 3, seed=3)))
+
+
+def kronecker_of_blocks() -> Case:
+    right = la.BlockStacks((spd_stack(2, 1, seed=5) * 2,))
+    return la.KroneckerProduct(STACKS, right), kron(
+        blocks(*STACKS.stacks[0], *STACKS.stacks[1]), torch.diag(right.diagonal())
+    )
+
+
+def eigen_of_blocks() -> Case:
+    basis = la.BlockStacks((torch.stack([orthogonal(2), orthogonal(2, 1)]), orthogonal(1, 2)[None]))
+    values = randn(5, 3).square() + 0.1
+    dense = kron(blocks(*basis.stacks[0], *basis.stacks[1]), eye(3))
+    return la.KroneckerEigen(basis, None, values), dense @ torch.diag(values.reshape(-1)) @ dense.mT
+
+
 def low_rank_of_operator() -> Case:
     root = randn(12, 3)
     product = la.ProductOperator(la.DiagonalMatrix(randn(12).abs() + 1), la.DenseMatrix(root))
@@ -87,6 +104,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "low rank, full": lambda: (la.LowRankMatrix(randn(6, 8)), randn(6, 8) @ randn(6, 8).mT),
     "low rank of an operator": low_rank_of_operator,
     "diagonal plus low rank": lambda: (la.DiagonalPlusLowRank(D, U), torch.diag(D) + U @ U.mT),
+    "kronecker of blocks": kronecker_of_blocks,
+    "kronecker of blocks and a diagonal": lambda: (
+        la.KroneckerProduct(la.DiagonalMatrix(D), STACKS),
+        kron(torch.diag(D), STACKS.to_dense()),
+    ),
+    "kronecker in a basis of blocks": eigen_of_blocks,
     "kronecker": lambda: (la.KroneckerProduct(K_LEFT, K_RIGHT), K),
     "kronecker, left diagonal": lambda: (
         la.KroneckerProduct(la.DiagonalMatrix(D[:2]), K_RIGHT),

@@ -9,6 +9,7 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.planning import plan
+from natgrad.planning.planner import predict
 from natgrad.planning.profile import Profile
 from natgrad.planning.shapes import block_shapes, geometries, on_meta
 from natgrad.testing.zoo import Case, case
@@ -73,9 +74,32 @@ def test_nothing_is_allocated_for_shapes():
     with torch.device("meta"):
         huge = nn.Sequential(nn.Linear(10**5, 10**5), nn.Linear(10**5, 10))
     assert on_meta(huge) is huge
-    (first, second) = block_shapes(huge, ng.Kronecker())
+    (first, second) = block_shapes(huge, ng.Kronecker(widths=ng.WidthLimits(full=10**6)))
     assert first.bytes == 4 * (2 * ((10**5 + 1) ** 2 + 10**10) + 2)
     assert second.bytes == 4 * (2 * ((10**5 + 1) ** 2 + 100) + 2)
+    (first, second) = block_shapes(huge, ng.Kronecker())
+    assert first.bytes == 4 * (2 * (10**5 + 1 + 10**5) + 2)
+    assert second.bytes == 4 * (2 * (10**5 + 1 + 100) + 2)
+
+
+LIMITS = {
+    "blocks": ng.WidthLimits(full=2, blocks=100, block=2),
+    "diagonal": ng.WidthLimits(full=3, blocks=0),
+    "identity": ng.WidthLimits(full=3, blocks=0, beyond="identity"),
+    "some": ng.WidthLimits(full=2, blocks=4, block=3),
+}
+
+
+@pytest.mark.parametrize("structure", [ng.Kronecker, ng.EigenKronecker, ng.Kronecker.reduce])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("name", ["mlp", "conv2d_groups", "embedding_bag", "attention", "tied_embedding", "lstm"])
+def test_bytes_of_wide_sides(name, limits, structure):
+    found = single(name)
+    method = structure(widths=limits)
+    predicted = predict(found.model, method, inputs=found.x, profile=PROFILE)
+    optimizer = PRESETS[predicted.name](found.model, ng.Categorical(), structure=method)
+    stepped(found, optimizer)
+    assert predicted.state == held(optimizer)
 
 
 def test_frozen_and_tied_parameters_are_shared_and_left_out_on_meta():

@@ -171,6 +171,25 @@ def test_a_structure_may_be_given_as_itself():
     assert predict(deep(), ng.EigenKronecker(), batch=8, profile=MADE_UP).preset == "EKFAC"
 
 
+def test_wide_sides_are_shown_with_what_a_square_factor_would_take():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(50257, 768), nn.Linear(768, 12288), nn.Linear(12288, 50257, bias=False))
+    for structure, times in (("kfac", 1), ("ekfac", 2)):
+        table, wide, head = ng.inspect(model, structure, batch=64).layers
+        assert [row.factors for row in (table, wide, head)] == [
+            "diagonal 50257 × 768²", "769² × 12·1024²", "12·1024² × diagonal 50257",
+        ]  # fmt: skip
+        assert table.reason == ""
+        assert wide.reason == "output: blocks of 1024 (12288 wide; a square factor and its inverse would take 1.21 GB)"
+        inputs, outputs = head.reason.split("; output: ")
+        assert inputs.startswith("input: blocks of 1024 (12288 wide;")
+        assert outputs == "diagonal (50257 wide; a square factor and its inverse would take 20.2 GB)"
+        assert wide.application == times * 2 * (769**2 * 12288 + 12 * 1024**2 * 769)
+        assert head.application == times * 2 * 12 * 1024**2 * 50257
+    kfac = ng.inspect(model, "kfac", batch=64).layers
+    assert kfac[2].statistics == 12 * 2 * 64 * 1024**2 * 0.625 and kfac[2].refresh == 12 * 1024**3
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -223,7 +242,9 @@ def test_a_model_without_memory_is_planned_in_seconds():
     found = plan(model, batch=8, tokens=4096, max_overhead=0.1, profile=MADE_UP)
     assert time.perf_counter() - started < 60  # some seconds; the bound is for busy machines
     assert found.parameters > 6.8e10
-    factors = 80 * (9 * width**2 + 2 * 1024**2 + 3 * inner**2) + 32000 + 32000**2 + 2 * width**2
+    # Sides wider than 8192 have blocks: 28 of 1024 and 31 of 1008, and what is left over of 32000.
+    inner_blocks, head_blocks = 28 * 1024**2, 31 * 1008**2 + 752**2
+    factors = 80 * (9 * width**2 + 2 * 1024**2 + 3 * inner_blocks) + 32000 + head_blocks + 2 * width**2
     diagonals, tensors = 80 * width, 80 * 8 + 2
-    curvature = 4 * (2 * (factors + diagonals) + 2 * tensors - 80)
+    curvature = 4 * (2 * (factors + diagonals) + 2 * tensors - 80 + 1)
     assert found["kfac"].state == curvature + 4 * found.parameters + 4 * tensors

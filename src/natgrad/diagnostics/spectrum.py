@@ -12,6 +12,7 @@ from torch import Tensor
 from natgrad.errors import ArgumentError, NonFiniteError, ShapeError
 from natgrad.linalg import (
     BlockDiagonalMatrix,
+    BlockStacks,
     DenseMatrix,
     DiagonalMatrix,
     IdentityMatrix,
@@ -249,6 +250,13 @@ def _precise(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
+def _factor_eigenvalues(factor: Tensor | DiagonalMatrix | BlockStacks) -> Tensor:
+    """Eigenvalues of one side of a Kronecker product, ``[*stack, n]``."""
+    if isinstance(factor, BlockStacks):
+        return torch.cat([_dense_eigenvalues(s).flatten() for s in factor.stacks])
+    return factor.diag if isinstance(factor, DiagonalMatrix) else _dense_eigenvalues(factor)
+
+
 def _dense_eigenvalues(matrix: Tensor) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("The matrix holds NaN or infinite values: look at the model's parameters and inputs.")
@@ -281,10 +289,7 @@ class _Search:
         if isinstance(operator, KroneckerEigen):
             return [_known(operator.eigenvalues)]
         if isinstance(operator, KroneckerProduct):
-            left, right = (
-                f.diag if isinstance(f, DiagonalMatrix) else _dense_eigenvalues(f)
-                for f in (operator.left, operator.right)
-            )
+            left, right = (_factor_eigenvalues(f) for f in (operator.left, operator.right))
             return [_known(left[..., :, None] * right[..., None, :])]
         if isinstance(operator, LowRankMatrix) and operator.rank < operator.shape[0]:
             return self._low_rank(operator)

@@ -86,8 +86,8 @@ class StatisticsSum:
     def _completed(self, whole: Moments, own: Moments) -> Moments:
         """``whole`` with the eigenvalues of rows that waited for a basis in any process."""
         names = sorted({name for found in self.replicas.gather(list(own.rows)) for name in found})
-        factors = {name: [whole.values[name][kind].sum for kind in ("input", "output")] for name in names}
-        costs = {name: float(sum(t.numel() * t.shape[-1] for t in pair)) for name, pair in factors.items()}
+        factors = {name: [m.sum for m in whole.values[name].values()] for name in names}
+        costs = {name: float(sum(t.numel() * t.shape[-1] for t in own)) for name, own in factors.items()}
         bases: Bases = {}
         for name, found in computed_by_owners(self.replicas, costs, lambda name: new_basis(whole, name)).items():
             if isinstance(found, NatgradError):

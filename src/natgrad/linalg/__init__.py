@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix, FunctionOperator, IdentityMatrix
+from natgrad.linalg.block_stacks import BlockStacks, found_in, named_tensors
 from natgrad.linalg.compose import (
     BlockDiagonalMatrix,
     ProductOperator,
@@ -41,6 +42,7 @@ __all__ = [
     "LU",
     "MATRICES",
     "BlockDiagonalMatrix",
+    "BlockStacks",
     "Cholesky",
     "CholeskyInverse",
     "DenseMatrix",
@@ -70,10 +72,12 @@ __all__ = [
     "check_damping",
     "conjugate_gradient",
     "damping_floor",
+    "found_in",
     "hutch_plus_plus_trace",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "lanczos",
+    "named_tensors",
     "newton_schulz_inverse",
     "power_iteration",
     "rademacher",

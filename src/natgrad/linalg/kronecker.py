@@ -15,6 +15,7 @@ from torch import Tensor
 
 from natgrad.errors import ArgumentError, ShapeError
 from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix
+from natgrad.linalg.block_stacks import BlockStacks, found_in, named_tensors
 from natgrad.linalg.operator import Inverse, LinearOperator, SolveReport, check_damping
 from natgrad.linalg.products import product
 from natgrad.linalg.psd import add_diagonal, damped_eigenvalues, safe_cholesky, safe_eigh, working_dtype
@@ -22,7 +23,7 @@ from natgrad.linalg.psd import add_diagonal, damped_eigenvalues, safe_cholesky, 
 if TYPE_CHECKING:
     from natgrad.linalg.solvers import Solver
 
-Factor = Tensor | DiagonalMatrix
+Factor = Tensor | DiagonalMatrix | BlockStacks
 
 
 class _MatrixAction(LinearOperator):
@@ -40,8 +41,10 @@ class _MatrixAction(LinearOperator):
         shape = (*self.stack, self.p, self.q)
         return v.reshape(shape) if v.ndim == 1 else v.reshape(-1, *shape)
 
-    def _left(self, matrix: Tensor, x: Tensor) -> Tensor:
+    def _left(self, matrix: Tensor | BlockStacks, x: Tensor) -> Tensor:
         """matrix X for X ``[*stack, p, q]`` or ``[batch, *stack, p, q]``."""
+        if isinstance(matrix, BlockStacks):
+            return matrix.premultiply(x)
         if x.ndim == matrix.ndim or not self.stack:
             return product(matrix, x)
         # One product per stack element: the batch goes beside the columns, or matmul would copy the matrices.
@@ -49,8 +52,10 @@ class _MatrixAction(LinearOperator):
         columns = x.movedim(0, -2).reshape(*self.stack, self.p, batch * q)
         return (matrix @ columns).reshape(*self.stack, self.p, batch, q).movedim(-2, 0)
 
-    def _right(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def _right(self, x: Tensor, matrix: Tensor | BlockStacks) -> Tensor:
         """X matrix for X ``[*stack, p, q]`` or ``[batch, *stack, p, q]``."""
+        if isinstance(matrix, BlockStacks):
+            return matrix.postmultiply(x)
         if x.ndim == matrix.ndim or not self.stack:
             return product(x, matrix)
         batch, p = x.shape[0], x.shape[-2]
@@ -61,7 +66,8 @@ class _MatrixAction(LinearOperator):
 class KroneckerProduct(_MatrixAction):
     """L ⊗ R for symmetric positive semidefinite L ``[*stack, p, p]`` and R ``[*stack, q, q]``.
 
-    A factor may be a ``DiagonalMatrix`` where there is no stack. Vectors have length ``prod(stack) * p * q``.
+    A factor may be a ``DiagonalMatrix`` or ``BlockStacks`` where there is no stack. Vectors have length
+    ``prod(stack) * p * q``.
     """
 
     kind: ClassVar[str] = "kronecker"
@@ -82,9 +88,9 @@ class KroneckerProduct(_MatrixAction):
     def matvec(self, v: Tensor) -> Tensor:
         v = self._vector(v, self.shape[1], "matvec")
         x = self._fold(v)
-        x = self._left(self.left, x) if isinstance(self.left, Tensor) else self.left.diag[:, None] * x
+        x = self.left.diag[:, None] * x if isinstance(self.left, DiagonalMatrix) else self._left(self.left, x)
         # The factors are symmetric, so that X Rᵀ = X R.
-        x = self._right(x, self.right) if isinstance(self.right, Tensor) else x * self.right.diag
+        x = x * self.right.diag if isinstance(self.right, DiagonalMatrix) else self._right(x, self.right)
         return x.reshape(v.shape)
 
     def to_dense(self) -> Tensor:
@@ -145,27 +151,29 @@ class KroneckerProduct(_MatrixAction):
         return (self.q * _logdet_of(self.left) + self.p * _logdet_of(self.right)).sum()
 
     def tensors(self) -> dict[str, Tensor]:
-        """``left`` and ``right``; a diagonal factor as a vector."""
-        return {
-            name: factor if isinstance(factor, Tensor) else factor.diag
-            for name, factor in (("left", self.left), ("right", self.right))
-        }
+        """``left`` and ``right``; a diagonal factor as a vector, blocks as ``left_0``, ``left_1``."""
+        left, right = (f.diag if isinstance(f, DiagonalMatrix) else f for f in (self.left, self.right))
+        return {**named_tensors("left", left), **named_tensors("right", right)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> KroneckerProduct:
-        left, right = (DiagonalMatrix(t) if t.ndim == 1 else t for t in (tensors["left"], tensors["right"]))
-        return cls(left, right)
+        left, right = found_in(tensors, "left"), found_in(tensors, "right")
+        assert left is not None and right is not None
+        return cls(*(DiagonalMatrix(f) if isinstance(f, Tensor) and f.ndim == 1 else f for f in (left, right)))
 
 
 class KroneckerEigen(_MatrixAction):
     """(U_L ⊗ U_R) diag(e) (U_L ⊗ U_R)ᵀ with orthonormal bases; a basis None is the identity.
 
-    ``left_basis [*stack, p, p]``, ``right_basis [*stack, q, q]``, ``eigenvalues [*stack, p, q]``.
+    ``left_basis [*stack, p, p]``, ``right_basis [*stack, q, q]``, ``eigenvalues [*stack, p, q]``. Where there is no
+    stack a basis may be ``BlockStacks``.
     """
 
     kind: ClassVar[str] = "kronecker_eigen"
 
-    def __init__(self, left_basis: Tensor | None, right_basis: Tensor | None, eigenvalues: Tensor) -> None:
+    def __init__(
+        self, left_basis: Tensor | BlockStacks | None, right_basis: Tensor | BlockStacks | None, eigenvalues: Tensor
+    ) -> None:
         if eigenvalues.ndim < 2:
             raise ShapeError(f"eigenvalues must have shape [*stack, p, q], but have {tuple(eigenvalues.shape)}.")
         *stack, p, q = eigenvalues.shape
@@ -204,17 +212,17 @@ class KroneckerEigen(_MatrixAction):
         blocks = (basis * self.eigenvalues.reshape(*self.stack, 1, n)) @ basis.mT
         return torch.block_diag(*blocks.reshape(-1, n, n)) if self.stack else blocks
 
-    def _basis(self, basis: Tensor | None, size: int) -> Tensor:
+    def _basis(self, basis: Tensor | BlockStacks | None, size: int) -> Tensor:
         if basis is not None:
-            return basis
+            return _dense(basis)
         return torch.eye(size, dtype=self.dtype, device=self.device).expand(*self.stack, size, size)
 
     def diagonal(self) -> Tensor:
         x = self.eigenvalues
         if self.left_basis is not None:
-            x = self.left_basis.square() @ x
+            x = self._left(self.left_basis.square(), x)
         if self.right_basis is not None:
-            x = x @ self.right_basis.square().mT
+            x = self._right(x, self.right_basis.square().mT)
         return x.reshape(-1)
 
     def trace(self) -> Tensor:
@@ -238,22 +246,22 @@ class KroneckerEigen(_MatrixAction):
 
     def tensors(self) -> dict[str, Tensor]:
         """``eigenvalues``, and ``left_basis`` and ``right_basis`` where they are not the identity."""
-        named = {"eigenvalues": self.eigenvalues, "left_basis": self.left_basis, "right_basis": self.right_basis}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        bases = {**named_tensors("left_basis", self.left_basis), **named_tensors("right_basis", self.right_basis)}
+        return {"eigenvalues": self.eigenvalues, **bases}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> KroneckerEigen:
-        return cls(tensors.get("left_basis"), tensors.get("right_basis"), tensors["eigenvalues"])
+        return cls(found_in(tensors, "left_basis"), found_in(tensors, "right_basis"), tensors["eigenvalues"])
 
 
 def _stack_of(factor: Factor, name: str) -> tuple[int, ...]:
-    if isinstance(factor, DiagonalMatrix):
+    if isinstance(factor, (DiagonalMatrix, BlockStacks)):
         return ()
     if not isinstance(factor, Tensor) or factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
         given = tuple(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
         raise ShapeError(
-            f"The {name} factor of a KroneckerProduct must be a square tensor [*stack, k, k] or a DiagonalMatrix, but "
-            f"got {given}."
+            f"The {name} factor of a KroneckerProduct must be a square tensor [*stack, k, k], a DiagonalMatrix or "
+            f"BlockStacks, but got {given}."
         )
     return tuple(factor.shape[:-2])
 
@@ -261,6 +269,8 @@ def _stack_of(factor: Factor, name: str) -> tuple[int, ...]:
 def _working(factor: Factor) -> Factor:
     """The factor in the precision of factorisations (itself unless it is in half precision)."""
     dtype = working_dtype(factor.dtype)
+    if isinstance(factor, BlockStacks):
+        return factor.mapped(lambda s: s.to(dtype))
     return factor.to(dtype) if isinstance(factor, Tensor) else DiagonalMatrix(factor.diag.to(dtype))
 
 
@@ -269,10 +279,14 @@ def _dense(factor: Factor) -> Tensor:
 
 
 def _diagonal(factor: Factor) -> Tensor:
+    if isinstance(factor, BlockStacks):
+        return factor.diagonal()
     return factor.diagonal(dim1=-2, dim2=-1) if isinstance(factor, Tensor) else factor.diag
 
 
 def _shift(factor: Factor, shift: Tensor) -> Factor:
+    if isinstance(factor, BlockStacks):
+        return factor.mapped(lambda s: add_diagonal(s, shift))
     return add_diagonal(factor, shift) if isinstance(factor, Tensor) else DiagonalMatrix(factor.diag + shift)
 
 
@@ -281,14 +295,23 @@ def _inverse_of(factor: Factor) -> tuple[Factor, Tensor]:
     if isinstance(factor, DiagonalMatrix):
         inverse = DiagonalMatrix(1.0 / factor._positive(0.0))
         return inverse, inverse.diag.new_zeros(())
+    if isinstance(factor, BlockStacks):
+        found = [safe_cholesky(s) for s in factor.stacks]
+        inverses = BlockStacks(tuple(torch.cholesky_inverse(triangular) for triangular, _ in found))
+        return inverses, torch.cat([jitter for _, jitter in found])
     triangular, jitter = safe_cholesky(factor)
     return torch.cholesky_inverse(triangular), jitter
 
 
-def _eigh_of(factor: Factor) -> tuple[Tensor, Tensor | None]:
+def _eigh_of(factor: Factor) -> tuple[Tensor, Tensor | BlockStacks | None]:
     """Eigenvalues of a positive semidefinite factor (what rounding made negative is zero) and its basis."""
     factor = _working(factor)
-    values, basis = (factor.diag, None) if isinstance(factor, DiagonalMatrix) else safe_eigh(factor)
+    if isinstance(factor, BlockStacks):
+        found = [safe_eigh(s) for s in factor.stacks]
+        values = torch.cat([own.flatten() for own, _ in found])
+        basis = BlockStacks(tuple(vectors for _, vectors in found))
+    else:
+        values, basis = (factor.diag, None) if isinstance(factor, DiagonalMatrix) else safe_eigh(factor)
     top = values.amax(-1, keepdim=True).clamp(min=0.0)
     # Checked per factor: the product of two negative eigenvalues would hide them.
     if values.numel() and bool((values < -(torch.finfo(values.dtype).eps ** 0.5) * top).any()):
@@ -300,5 +323,7 @@ def _logdet_of(factor: Factor) -> Tensor:
     """log det over the last two axes, shape ``[*stack]``."""
     if isinstance(factor, DiagonalMatrix):
         return factor.logdet()
+    if isinstance(factor, BlockStacks):
+        return torch.stack([_logdet_of(s).sum() for s in factor.stacks]).sum()
     triangular, _ = safe_cholesky(factor)
     return 2.0 * triangular.diagonal(dim1=-2, dim2=-1).log().sum(-1)

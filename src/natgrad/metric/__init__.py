@@ -8,6 +8,7 @@ from natgrad.metric.operator import ParameterOperator, check_finite_output, fish
 from natgrad.metric.sampling import Sampling
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
+from natgrad.metric.widths import WidthLimits
 
 __all__ = [
     "Bases",
@@ -37,6 +38,7 @@ __all__ = [
     "Signed",
     "Statistics",
     "Structure",
+    "WidthLimits",
     "check_finite_output",
     "fisher",
     "hessian",

@@ -8,14 +8,16 @@ all parts of a batch (micro-batches, processes) are kept until the factors of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from natgrad.linalg import BlockStacks, DiagonalMatrix
 from natgrad.linalg.psd import safe_eigh
-from natgrad.metric.statistics import Bases, Basis, Moment, Moments
+from natgrad.metric.statistics import Bases, Basis, BasisSide, Moment, Moments
+from natgrad.metric.widths import factor_of, is_table
 from natgrad.network import EmbeddingRows, LinearRows, Rows, Tape, TiedRows
 
 _CHUNK_BYTES = 64 * 2**20
@@ -32,8 +34,8 @@ def completed(moments: Moments) -> Moments:
 
 def new_basis(moments: Moments, name: str) -> Basis:
     """The eigenbasis of a block's factors, as far as ``moments`` go."""
-    kinds = moments.values[name]
-    return eigenbasis(kinds["input"].mean(moments.normaliser), kinds["output"].mean(moments.normaliser))
+    kinds = moments.values[name].items()
+    return eigenbasis({kind: m.mean(moments.normaliser) for kind, m in kinds if kind != "eigenvalues"})
 
 
 def projected(moments: Moments, bases: Bases) -> Moments:
@@ -49,10 +51,11 @@ def projected(moments: Moments, bases: Bases) -> Moments:
 
 def no_eigenvalues(moments: Moments, name: str, basis: Basis) -> Tensor:
     """Zeros of the shape that a block's eigenvalues have."""
-    left, right = basis
-    assert right is not None
-    outputs = moments.values[name]["input"].sum.shape[0] if left is None else left.shape[-1]
-    return right.new_zeros(*right.shape[:-2], outputs, right.shape[-1])
+    kinds = {kind: m.sum for kind, m in moments.values[name].items()}
+    left, right = factor_of(kinds, "output"), factor_of(kinds, "input")
+    left, right = (right, left) if is_table(kinds) else (left, right)
+    stack = left.shape[:-2] if isinstance(left, Tensor) else ()
+    return kinds["input"].new_zeros(*stack, left.shape[-1], right.shape[-1])
 
 
 def kept_rows(rows: Iterable[Any], tape: Tape) -> tuple[Rows, ...]:
@@ -78,47 +81,52 @@ def rotated_eigenvalues(eigenvalues: Tensor, old: Basis, new: Basis) -> Tensor:
     """
     (old_left, old_right), (left, right) = old, new
     if left is not None and old_left is not None:
-        eigenvalues = (left.mT @ old_left).square() @ eigenvalues
+        turn = (left.mT @ old_left).square()  # type: ignore[operator]
+        eigenvalues = turn.premultiply(eigenvalues) if isinstance(turn, BlockStacks) else turn @ eigenvalues
     if right is not None and old_right is not None:
-        eigenvalues = eigenvalues @ (right.mT @ old_right).square().mT
+        eigenvalues = _times(eigenvalues, (right.mT @ old_right).square().mT)  # type: ignore[operator]
     return eigenvalues
 
 
-def eigenbasis(inputs: Tensor, outputs: Tensor) -> Basis:
-    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product."""
-    output_basis = safe_eigh(outputs)[1]
-    if inputs.dim() == 1:
-        return None, output_basis
-    input_basis = safe_eigh(inputs)[1]
-    if inputs.shape[0] == 1:
-        return output_basis[0], input_basis[0]
-    return output_basis, input_basis
+def eigenbasis(kinds: Mapping[str, Tensor]) -> Basis:
+    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product, from the means of its factors."""
+    inputs, outputs = _basis_of(factor_of(kinds, "input")), _basis_of(factor_of(kinds, "output"))
+    return (inputs, outputs) if is_table(kinds) else (outputs, inputs)
+
+
+def _basis_of(factor: Tensor | DiagonalMatrix | BlockStacks) -> BasisSide:
+    if isinstance(factor, DiagonalMatrix):
+        return None
+    return factor.mapped(lambda s: safe_eigh(s)[1]) if isinstance(factor, BlockStacks) else safe_eigh(factor)[1]
+
+
+def _times(x: Tensor, basis: BasisSide) -> Tensor:
+    """``x U``."""
+    if basis is None:
+        return x
+    return basis.postmultiply(x) if isinstance(basis, BlockStacks) else x @ basis
 
 
 def squares_in_basis(rows: Rows, basis: Basis) -> Tensor:
     """``Σ_kn (U_leftᵀ r_kn U_right)²``, shape ``[*stack, p, q]``."""
     left, right = basis
     if isinstance(rows, LinearRows):
-        assert left is not None and right is not None
-        stack = left.dim() == 3
-        a, g = rows.a @ right[..., None, :, :] if stack else rows.a @ right, rows.g
-        g = g @ left[:, None] if stack else g @ left
-        rotated = LinearRows(a, g)
-        k, groups, _, _, out = g.shape
-        squares = rotated.squared_sum().reshape(groups, out, a.shape[-1])
-        return squares if stack else squares[0]
+        groups, out, fan_in = rows.g.shape[1], rows.g.shape[-1], rows.a.shape[-1]
+        if groups > 1:
+            assert isinstance(left, Tensor) and isinstance(right, Tensor)
+            left, right = left[:, None], right[:, None]
+        squares = LinearRows(_times(rows.a, right), _times(rows.g, left)).squared_sum().reshape(groups, out, fan_in)
+        return squares if groups > 1 else squares[0]
     if isinstance(rows, TiedRows):
-        assert right is not None
-        turned = tuple(
-            replace(use, a=use.a @ right) if isinstance(use, LinearRows) else replace(use, g=use.g @ right)
-            for use in rows.parts
-        )
-        return TiedRows(turned).squared_sum().unflatten(0, (-1, right.shape[-1]))
-    assert isinstance(rows, EmbeddingRows) and right is not None
+        sides = ["a" if isinstance(use, LinearRows) else "g" for use in rows.parts]
+        turned = [replace(use, **{s: _times(getattr(use, s), right)}) for use, s in zip(rows.parts, sides, strict=True)]
+        return TiedRows(tuple(turned)).squared_sum().unflatten(0, (-1, getattr(turned[0], sides[0]).shape[-1]))
+    assert isinstance(rows, EmbeddingRows)
     k, n, p = rows.shape
     size = max(1, _CHUNK_BYTES // max(1, k * p * rows.g.element_size()))
-    total = rows.g.new_zeros(rows.vocabulary, right.shape[-1])
+    total = rows.g.new_zeros(rows.vocabulary, rows.g.shape[-1])
     for start in range(0, n, size):
-        part = EmbeddingRows(rows.index[start : start + size], rows.g[:, start : start + size] @ right, rows.vocabulary)
+        g = _times(rows.g[:, start : start + size], right)
+        part = EmbeddingRows(rows.index[start : start + size], g, rows.vocabulary)
         total += part.dense().square().sum((0, 1)).reshape(total.shape)
     return total

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from natgrad.errors import ArgumentError
 from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, LinearOperator
-from natgrad.linalg.products import gram
 from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_eigenvalues
 from natgrad.metric.estimate import Factor, random_signs
 from natgrad.metric.sampling import Picks, Sampling
 from natgrad.metric.statistics import Bases, Moment, Moments
 from natgrad.metric.structure import Means, Structure
 from natgrad.metric.tied import tied_moments
+from natgrad.metric.widths import Side, WidthLimits, factor_of, is_table
 from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, TiedRows, accumulation
 
 
@@ -42,6 +42,7 @@ class Kronecker(Structure):
             aggregates positions first: exact for mean-pooled linear networks, and cheaper.
         sampling: the part of the batch that the factors are estimated from. Averages of other parts go on with it, so
             a checkpoint does not ask for the same one.
+        widths: what sides too wide for a square factor get.
     """
 
     # K-FAC's usual practice with BatchNorm: what a layer of the coupled batch sees counts as its own.
@@ -49,22 +50,30 @@ class Kronecker(Structure):
 
     sharing: Literal["expand", "reduce"] = "expand"
     sampling: Sampling = field(default=Sampling(), repr=False)
+    widths: WidthLimits = WidthLimits()
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ArgumentError(f"sharing={self.sharing!r} was given; use 'expand' or 'reduce'.")
         if not isinstance(self.sampling, Sampling):
             raise ArgumentError(f"sampling={self.sampling!r} was given; it must be ng.Sampling(fraction).")
+        if not isinstance(self.widths, WidthLimits):
+            raise ArgumentError(f"widths={self.widths!r} was given; it must be ng.WidthLimits(full=…, blocks=…).")
+
+    def __repr__(self) -> str:
+        """Tells metrics apart in checkpoints; limits that nobody chose are not named."""
+        widths = "" if self.widths == WidthLimits() else f", widths={self.widths!r}"
+        return f"{self.name}(sharing={self.sharing!r}{widths})"
 
     @classmethod
-    def expand(cls, sampling: Sampling = Sampling()) -> Kronecker:
+    def expand(cls, sampling: Sampling = Sampling(), widths: WidthLimits = WidthLimits()) -> Kronecker:
         """Every shared position is an example of its own."""
-        return cls("expand", sampling)
+        return cls("expand", sampling, widths)
 
     @classmethod
-    def reduce(cls, sampling: Sampling = Sampling()) -> Kronecker:
+    def reduce(cls, sampling: Sampling = Sampling(), widths: WidthLimits = WidthLimits()) -> Kronecker:
         """Shared positions are aggregated before the outer products."""
-        return cls("reduce", sampling)
+        return cls("reduce", sampling, widths)
 
     @property
     def aligned(self) -> bool:
@@ -115,21 +124,25 @@ class Kronecker(Structure):
         if isinstance(rows, Tensor):
             return {"diagonal": Moment(accumulation(rows).square().sum(0))}
         if isinstance(rows, TiedRows):
-            return tied_moments(rows, self.sharing, lambda n, spans: _position_weights(factor, n, spans))
+            weights = lambda n, spans: _position_weights(factor, n, spans)  # noqa: E731
+            return tied_moments(rows, self.sharing, weights, self.widths)
         if isinstance(rows, LinearRows):
             g = rows.g.sum(3, keepdim=True) if self.sharing == "reduce" else rows.g
             groups, out = g.shape[1], g.shape[-1]
             g = picks.scores(g.transpose(0, 1).flatten(2, 3)).reshape(groups, -1, out)
-            found = {"output": Moment(gram(g))}
-            return found | {"input": self._input_moment(rows, factor, picks)} if first else found
+            found = self._side("output", None, g)
+            return found | self._input_moment(rows, factor, picks) if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = picks.scores(g.flatten(1, 2)).flatten(0, 1)
-            found = {"output": Moment(gram(g))}
+            found = self._side("output", None, g)
             return found | {"input": self._token_moment(rows, factor)} if first else found
         return {"diagonal": Moment(rows.squared_sum())}
 
-    def _input_moment(self, rows: LinearRows, factor: Factor, picks: Picks) -> Moment:
+    def _side(self, side: Side, count: Tensor | None, x: Tensor, y: Tensor | None = None) -> dict[str, Moment]:
+        return {kind: Moment(t, count) for kind, t in self.widths.second_moments(side, x, y).items()}
+
+    def _input_moment(self, rows: LinearRows, factor: Factor, picks: Picks) -> dict[str, Moment]:
         """``Σ w a aᵀ`` over examples and positions."""
         a = rows.a
         groups, n, s, fan_in = a.shape
@@ -144,8 +157,8 @@ class Kronecker(Structure):
             w = per_row
         inputs, w = picks.inputs(inputs, w)
         if w is None:
-            return Moment(gram(inputs), a.new_full((), inputs.shape[1]))
-        return Moment(gram(inputs, inputs * w[:, None]), w.sum())
+            return self._side("input", a.new_full((), inputs.shape[1]), inputs)
+        return self._side("input", w.sum(), inputs, inputs * w[:, None])
 
     def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
         """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
@@ -169,24 +182,29 @@ class Kronecker(Structure):
             if "diagonal" in kinds:
                 out[name] = DiagonalMatrix(kinds["diagonal"])
             else:
-                out[name] = _product(kinds["input"], kinds["output"])
+                out[name] = _product(kinds)
         return out
 
     def reason(self, cell: Cell) -> tuple[str, str]:
         if cell.module is None:
             return "Diagonal", f"{cell.reason}: diagonal from batch gradients with random signs"
         if cell.groups:
-            return self.name, ""
+            return self.name, self._wide_sides(cell)
         return "Diagonal", "not a weight matrix (scale and shift of a norm layer): diagonal of its rows"
 
+    def _wide_sides(self, cell: Cell) -> str:
+        """What the sides of a layer get that are too wide for a square factor."""
+        inputs, outputs = cell.size // cell.outputs, cell.outputs
+        if cell.layout.table:  # tokens are rows
+            return self.widths.reason("output", inputs)
+        found = [self.widths.reason("input", inputs), self.widths.reason("output", outputs)]
+        return "; ".join(text for text in found if text) if cell.groups == 1 else ""
 
-def _product(inputs: Tensor, outputs: Tensor) -> KroneckerProduct:
+
+def _product(kinds: Mapping[str, Tensor]) -> KroneckerProduct:
     """``G ⊗ A`` of a linear layer, or ``diag(frequencies) ⊗ G`` of an embedding (its table has tokens as rows)."""
-    if inputs.dim() == 1:
-        return KroneckerProduct(DiagonalMatrix(inputs), outputs)
-    if inputs.shape[0] == 1:
-        return KroneckerProduct(outputs[0], inputs[0])
-    return KroneckerProduct(outputs, inputs)
+    inputs, outputs = factor_of(kinds, "input"), factor_of(kinds, "output")
+    return KroneckerProduct(inputs, outputs) if is_table(kinds) else KroneckerProduct(outputs, inputs)
 
 
 def _position_weights(factor: Factor, n: int, spans: tuple[int, ...]) -> Tensor | None:
@@ -208,7 +226,7 @@ def _position_weights(factor: Factor, n: int, spans: tuple[int, ...]) -> Tensor 
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EigenKronecker(Kronecker):
     """EKFAC: K-FAC's eigenbasis with the exact second moments of the gradient along it (George et al. 2018).
 
@@ -261,6 +279,6 @@ class EigenKronecker(Kronecker):
             if "eigenvalues" not in kinds:
                 out[name] = kinds
                 continue
-            new[name] = eigenbasis(kinds["input"], kinds["output"])
+            new[name] = eigenbasis(kinds)
             out[name] = {**kinds, "eigenvalues": rotated_eigenvalues(kinds["eigenvalues"], bases[name], new[name])}
         return out, new

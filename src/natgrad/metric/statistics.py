@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.linalg import LinearOperator
+from natgrad.linalg import BlockStacks, LinearOperator
 from natgrad.network import DenseRows, Rows
 
-Basis = tuple[Tensor | None, Tensor | None]
+BasisSide = Tensor | BlockStacks | None
+
+Basis = tuple[BasisSide, BasisSide]
 """Eigenbases of the left and right Kronecker factor; None stands for the identity."""
 
 Bases = dict[str, Basis]
@@ -38,7 +40,8 @@ class Moment:
 class Moments:
     """Means by block and by kind (``"matrix"``, ``"diagonal"``, ``"input"``, ``"output"``, ``"eigenvalues"``).
 
-    Only these may be averaged over steps.
+    Sides with blocks have the last, narrower one as ``"input_rest"`` and ``"output_rest"``. Only these may be averaged
+    over steps.
 
     Args:
         values: the moments. A block that no example of a micro-batch reached is missing there, and counts as zero.

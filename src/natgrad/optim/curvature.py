@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from natgrad.distributed import Replicas, computed_by_owners, owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
-from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver
+from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver, found_in, named_tensors
 from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
 from natgrad.metric.running import Average
 from natgrad.network import Partition
@@ -64,9 +64,9 @@ class Curvature:
     def bases(self) -> Bases:
         """Eigenbases in use, by block."""
         return {
-            name: (slot.get(_BASIS + "left"), slot.get(_BASIS + "right"))
+            name: (found_in(slot, _BASIS + "left"), found_in(slot, _BASIS + "right"))
             for name, slot in self._slots.items()
-            if _BASIS + "right" in slot
+            if _AVERAGE + "eigenvalues" in slot
         }
 
     @property
@@ -185,9 +185,13 @@ class Curvature:
 
     def _costs(self) -> dict[str, float]:
         """Cost of decomposing each block, in multiplications up to a constant: the cube of each square moment."""
+
+        def cost(t: Tensor) -> int:
+            return t.numel() * t.shape[-1] if t.dim() > 1 and t.shape[-2] > 1 else t.numel()
+
         costs = dict.fromkeys(self.operators, 0.0)
         for name, kinds in self._means().items():
-            costs[name] += sum(t.numel() * t.shape[-1] for t in kinds.values() if t.dim() > 1)
+            costs[name] += sum(map(cost, kinds.values()))
         return costs
 
     def _means(self) -> dict[str, dict[str, Tensor]]:
@@ -225,9 +229,8 @@ class Curvature:
         return failed
 
     def _store_basis(self, name: str, basis: Basis) -> None:
-        for side, tensor in zip(("left", "right"), basis, strict=True):
-            if tensor is not None:
-                self._slots[name][_BASIS + side] = tensor
+        for side, part in zip(("left", "right"), basis, strict=True):
+            self._slots[name].update(named_tensors(_BASIS + side, part))
 
     def _store_inverse(self, name: str, inverse: LinearOperator) -> None:
         slot = self._slots[name]

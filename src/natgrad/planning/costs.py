@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from natgrad.metric import BlockDiagonal, Dense, Diagonal, EigenKronecker, Gram, Kronecker, MatrixFree, Structure
+from natgrad.metric.widths import Side
 from natgrad.planning.layers import Layer, Passes
 from natgrad.planning.shapes import BlockShapes
 from natgrad.planning.work import Work, eigh, gemm, gram, inverse, memory, repeated
@@ -29,6 +30,7 @@ _KEPT = 256 * 2**20
 _AVERAGING = 9
 # Passes over the parameters of every step: packing, unpacking, inner products, the update itself.
 _STEPPING = 14
+_SIDES: tuple[tuple[Side, Side], ...] = (("input", "output"), ("output", "input"))
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,26 @@ def layer_statistics(layer: Layer, structure: Structure) -> Work:
         return (gemm(g.outputs, layer.positions, g.inputs, count=layer.examples * g.groups), entries)
     assert isinstance(structure, Kronecker)
     used = layer.examples if structure.sharing == "reduce" else rows
-    work = [gram(used, g.outputs, count=g.groups), memory(rows * (g.outputs + g.inputs) * g.groups, 2)]
+    work = [*_moments(structure, used, g.outputs, g.groups), memory(rows * (g.outputs + g.inputs) * g.groups, 2)]
     if g.embedding:
         work.append(memory(g.inputs + rows, 2))
     else:
-        work.append(gram(used, g.inputs, count=g.groups))
+        work.extend(_moments(structure, used, g.inputs, g.groups))
     if isinstance(structure, EigenKronecker):
         work.extend(_projections(layer))
     return tuple(work)
+
+
+def _moments(structure: Kronecker, rows: int, width: int, groups: int) -> Work:
+    """One side's factor: of all pairs of its numbers, of those in a block, or of each with itself."""
+    treatment = "full" if groups > 1 else structure.widths.treatment(width)
+    if treatment == "full":
+        return (gram(rows, width, count=groups),)
+    if treatment != "blocks":
+        return (memory(rows * width, 2),)
+    b = structure.widths.block_width(width)
+    rest = width % b
+    return (gram(rows, b, count=width // b), *([gram(rows, rest)] if rest else ()))
 
 
 def _squares(layer: Layer) -> Work:
@@ -109,17 +123,17 @@ def block_refresh(shapes: BlockShapes, structure: Structure) -> Work:
         return (inverse(n, itemsize=size), memory(n * n, 4, itemsize=size))
     if "diagonal" in averages:
         return (memory(averages["diagonal"].numel(), 5, itemsize=size),)
-    inputs, outputs = averages["input"], averages["output"]
-    factors = [outputs] if len(inputs) == 1 else [inputs, outputs]
     work = []
-    for shape in factors:
-        n, groups = shape[-1], shape[:-2].numel()
-        if isinstance(structure, EigenKronecker):
-            work += [eigh(n, count=groups, itemsize=size), gemm(n, n, n, count=groups, itemsize=size)]
-            work += [gemm(n, n, shapes.averages["eigenvalues"].numel() // (n * groups), count=groups, itemsize=size)]
-        else:
-            work += [inverse(n, count=groups, itemsize=size)]
-        work += [memory(n * n * groups, 6, itemsize=size)]
+    for side, other in _SIDES:
+        for count, n in shapes.squares(side):
+            if isinstance(structure, EigenKronecker):
+                work += [eigh(n, count=count, itemsize=size), gemm(n, n, n, count=count, itemsize=size)]
+                work += [gemm(n, n, shapes.width(other), count=count, itemsize=size)]
+            else:
+                work += [inverse(n, count=count, itemsize=size)]
+            work += [memory(n * n * count, 6, itemsize=size)]
+        if shapes.diagonal(side):
+            work += [memory(shapes.width(side), 5, itemsize=size)]
     return tuple(work)
 
 
@@ -130,15 +144,14 @@ def block_application(shapes: BlockShapes) -> Work:
         return (memory(averages["matrix"].numel(), 2, itemsize=size),)
     if "diagonal" in averages:
         return (memory(averages["diagonal"].numel(), 3, itemsize=size),)
-    inputs, outputs = averages["input"], averages["output"]
-    m, n, groups = outputs[-1], inputs[-1], outputs[:-2].numel()
     times = 2 if shapes.bases else 1
-    work = [gemm(m, m, n, count=times * groups, itemsize=size)]
-    if len(inputs) == 1:  # tokens are rows
-        work = [gemm(n, m, m, count=times * groups, itemsize=size)]
-    else:
-        work += [gemm(m, n, n, count=times * groups, itemsize=size)]
-    return (*work, memory(m * n * groups, 3, itemsize=size))
+    work = [
+        gemm(n, n, shapes.width(other), count=times * count, itemsize=size)
+        for side, other in _SIDES
+        for count, n in shapes.squares(side)
+    ]
+    entries = shapes.width("input") * shapes.width("output") * shapes.groups
+    return (*work, memory(entries, 3, itemsize=size))
 
 
 def fit_of(passes: Passes) -> Work:

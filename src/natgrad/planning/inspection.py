@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from natgrad.errors import ArgumentError
 from natgrad.likelihood import Categorical
 from natgrad.metric import Fisher, MonteCarlo, Structure
+from natgrad.metric.widths import Side
 from natgrad.network import as_arguments, output_tensor, recording
 from natgrad.planning.costs import block_application, block_refresh, layer_statistics
 from natgrad.planning.layers import Layer, Passes, assumed, seen
@@ -211,8 +212,16 @@ def _factors(parts: list[BlockShapes], blocks: list[BlockShapes]) -> str:
         elif "diagonal" in averages:
             texts.append(f"diagonal {averages['diagonal'].numel()}")
         else:
-            inputs, outputs = averages["input"], averages["output"]
-            groups = outputs[0] if len(outputs) == 3 and outputs[0] > 1 else 1
-            left = f"diagonal {inputs[-1]}" if len(inputs) == 1 else f"{inputs[-1]}²"
-            texts.append((f"{groups} of " if groups > 1 else "") + f"{left} × {outputs[-1]}²")
+            groups = f"{kept.groups} of " if kept.groups > 1 else ""
+            texts.append(f"{groups}{_side(kept, 'input')} × {_side(kept, 'output')}")
     return ", ".join(texts)
+
+
+def _side(kept: BlockShapes, side: Side) -> str:
+    """``257²``; ``diagonal 50257``; ``12·1024²``; ``(31·1008² + 752²)``."""
+    if kept.diagonal(side):
+        return f"diagonal {kept.width(side)}"
+    if kept.squares(side) == ((kept.groups, kept.width(side)),):
+        return f"{kept.width(side)}²"
+    parts = [f"{count}·{n}²" if count > 1 else f"{n}²" for count, n in kept.squares(side)]
+    return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"

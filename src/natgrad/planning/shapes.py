@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from natgrad.errors import ArgumentError, UnsupportedError
-from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure
+from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure, WidthLimits
+from natgrad.metric.widths import REST, SIDES, Side
 from natgrad.network import Block, Cell, EmptyTape, Partition, cells, trainable_parameters
 
 Shapes = Mapping[str, torch.Size]
 Uncovered = Mapping[str, str] | None
+
+_UNLIMITED = WidthLimits(full=2**40)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class BlockShapes:
     Args:
         block: the block.
         averages: shape of each running average, by kind (``"input"``, ``"output"``, ``"eigenvalues"``, ``"diagonal"``,
-            ``"matrix"``).
+            ``"matrix"``; blocks of wide sides have what is left over as ``"input_rest"`` and ``"output_rest"``).
         bases: shapes of the eigenbases.
         inverse: shapes of the tensors of the inverse that are not bases.
         dtype: of all of them.
@@ -41,6 +44,31 @@ class BlockShapes:
     bases: tuple[torch.Size, ...]
     inverse: tuple[torch.Size, ...]
     dtype: torch.dtype
+
+    @property
+    def table(self) -> bool:
+        """Whether it is a table of embeddings, whose input factor is diagonal."""
+        return "input" in self.averages and len(self.averages["input"]) == 1
+
+    def diagonal(self, side: Side) -> bool:
+        """Whether one Kronecker factor is diagonal."""
+        return len(self.averages[side]) == (1 if self.table else 2)
+
+    def squares(self, side: Side) -> tuple[tuple[int, int], ...]:
+        """The square matrices of one Kronecker factor as numbers and widths, over all groups; none of a diagonal."""
+        shapes = [self.averages[kind] for kind in (side, side + REST) if kind in self.averages]
+        return () if self.diagonal(side) else tuple((shape[:-2].numel(), shape[-1]) for shape in shapes)
+
+    def width(self, side: Side) -> int:
+        """Width of one Kronecker factor, of one group."""
+        shape, groups = self.averages[side], self.groups
+        return sum(k * b for k, b in self.squares(side)) // groups if self.squares(side) else shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Matrices that have factors of their own; 1 where factors are no stacks."""
+        shape = self.averages["output"]
+        return shape[0] if len(shape) == 3 and not self.table else 1
 
     @property
     def entries(self) -> int:
@@ -125,7 +153,7 @@ def block_shapes(model: nn.Module, structure: Structure, uncovered: Uncovered = 
 
 def geometries(model: nn.Module, uncovered: Uncovered = None) -> tuple[Geometry, ...]:
     """Every cell of ``model``, which is on the meta device, as matrices."""
-    structure = Kronecker()
+    structure = Kronecker(widths=_UNLIMITED)
     partition = partition_of(model, structure, uncovered)
     values = _moments(model, structure, partition)
     found = []
@@ -143,7 +171,8 @@ def geometries(model: nn.Module, uncovered: Uncovered = None) -> tuple[Geometry,
 def _moments(model: nn.Module, structure: Structure, partition: Partition) -> dict[str, dict[str, Tensor]]:
     """The moments of a batch, by block and kind: shapes and dtypes without memory."""
     # The eigenvalues of EKFAC wait for a basis, which no tensor without memory has; its factors are K-FAC's.
-    plain = Kronecker(structure.sharing) if isinstance(structure, EigenKronecker) else structure
+    eigen = isinstance(structure, EigenKronecker)
+    plain = Kronecker(structure.sharing, widths=structure.widths) if eigen else structure
     like = next(model.parameters())
     like = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
     found = plain.statistics(EmptyTape(model), Factor(like.expand(1, 0, 1), False, like, None), partition)
@@ -158,16 +187,16 @@ def _kept(block: Block, moments: dict[str, Tensor], structure: Structure) -> Blo
     averages, dtype = {kind: t.shape for kind, t in moments.items()}, next(iter(moments.values())).dtype
     if set(averages) in ({"diagonal"}, {"matrix"}):
         return BlockShapes(block, averages, (), tuple(averages.values()), dtype)
-    if set(averages) != {"input", "output"}:
+    if not set(SIDES) <= set(averages) <= {side + rest for side in SIDES for rest in ("", REST)}:
         raise UnsupportedError(
             f"{structure.name} keeps {sorted(averages)} of block {block.name!r}, which cannot be predicted."
         )
-    inputs, outputs = averages["input"], averages["output"]
+    kept = BlockShapes(block, averages, (), tuple(averages.values()), dtype)
     if not isinstance(structure, EigenKronecker):
-        return BlockShapes(block, averages, (), (inputs, outputs), dtype)
-    if len(inputs) == 1:  # an embedding: tokens are rows, and their basis is the identity
-        values, bases = torch.Size((inputs[0], outputs[-1])), (outputs,)
-    else:
-        values, bases = torch.Size((*outputs[:-1], inputs[-1])), (outputs, inputs)
+        return kept
+    values = torch.Size((block.size,))  # as many as there are parameters
+    # A diagonal factor's basis is the identity.
+    diagonal = [side for side in SIDES if kept.diagonal(side)]
+    bases = tuple(shape for kind, shape in averages.items() if kind not in diagonal)
     # The inverse has the bases of the averages, and eigenvalues of its own.
     return BlockShapes(block, {**averages, "eigenvalues": values}, bases, (values,), dtype)
