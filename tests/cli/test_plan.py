@@ -27,6 +27,9 @@ def in_a_folder_with_models(tmp_path, monkeypatch):
         "class Gain(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.gain, self.body = nn.Parameter(torch.ones(3)), plain()\n"
         "    def forward(self, x):\n        return self.gain * self.body(x)\n"
+        "class Mixed(Gain):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.mix = nn.Parameter(torch.eye(3))\n"
+        "    def forward(self, x):\n        return super().forward(x) @ self.mix\n"
         "def number():\n    return 3\n"
     )
 
@@ -44,14 +47,34 @@ def test_inspect_shows_every_layer(reference):
 
 def test_strict_names_what_is_not_covered():
     for given in ((), ("--input", "6")):
-        assert run("inspect", "cli_models:Gain", *given).exit_code == 0
+        assert run("inspect", "cli_models:Mixed", *given).exit_code == 0
+        result = run("inspect", "cli_models:Mixed", "--strict", *given)
+        assert result.exit_code == 1 and "mix (no layer rule for Mixed" in result.stderr
+
+
+def test_strict_lets_vectors_pass_that_belong_to_no_layer():
+    """A gain, a class token: there is nothing but a diagonal for them, and the table says so."""
+    for given in ((), ("--input", "6")):
         result = run("inspect", "cli_models:Gain", "--strict", *given)
-        assert result.exit_code == 1 and "gain (no layer rule for Gain" in result.stderr
+        assert result.exit_code == 0 and "gain: no layer rule for Gain: diagonal" in result.output
+
+
+WIDE = "from torch import nn\ndef head():\n    return nn.Sequential(nn.Embedding(50257, 8), nn.Linear(8, 50257))\n"
+
+
+def test_inspect_and_plan_of_a_head_as_wide_as_a_vocabulary():
+    Path("wide.py").write_text(WIDE)
+    result = run("inspect", "wide.py:head", "--meta", "--batch", "4", "--tokens", "8", "--strict")
+    assert result.exit_code == 0, result.output
+    words = ("diagonal 50257 × 8²", "9² × diagonal 50257", "output: diagonal (50257 wide", "would take 20.2 GB")
+    assert all(word in result.output for word in words)
+    result = run("plan", "wide.py:head", "--meta", "--batch", "4", "--max-memory", "20MB", "--profile", "p.json")
+    assert result.exit_code == 0 and "recommended" in result.output
 
 
 def test_json_holds_every_number():
-    data = json.loads(run("inspect", "cli_models:Gain", "--json").output)
-    assert data["uncovered"] == ["gain"] and data["parameters"] == 56
+    data = json.loads(run("inspect", "cli_models:Mixed", "--json").output)
+    assert data["uncovered"] == ["gain", "mix"] and data["parameters"] == 65
     data = json.loads(run("plan", "cli_models:plain", "--batch", "64", "--profile", "p.json", "--json").output)
     assert data["parameters"] == 53 and len(data["choices"]) == 7 and data["recommended"]
 

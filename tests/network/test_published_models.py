@@ -75,11 +75,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], set[str]]] =
     "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER)), TEXT, set()),
     "gemma": (lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER)), TEXT, set()),
     "bert": (bert, TEXT | {"attention_mask": MASK}, {POSITIONS["bert"]}),
-    "vit": (
-        vit,
-        {"pixel_values": normal(3, 3, 4, 4)},
-        {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
-    ),
+    "vit": (vit, {"pixel_values": normal(3, 3, 4, 4)}, set()),
     "t5": (t5, TEXT | {"decoder_input_ids": TOKENS.flip(1)}, BIASES),
     "mixtral": (
         mixtral,

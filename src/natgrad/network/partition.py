@@ -67,6 +67,8 @@ class Cell:
     def outputs(self) -> int:
         """Rows of the matrix ``[outputs, size / outputs]`` that a cell with ``groups`` is, over all groups."""
         weight = self.shapes[0]
+        if self.layout.table:
+            return weight[:-1].numel()
         return weight[1] * self.groups if self.layout.transposed and len(weight) > 1 else weight[0]
 
     def single(self) -> tuple[Cell, ...]:

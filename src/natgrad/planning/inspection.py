@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from natgrad.errors import ArgumentError
 from natgrad.likelihood import Categorical
 from natgrad.metric import Fisher, MonteCarlo, Structure
 from natgrad.metric.widths import Side
-from natgrad.network import as_arguments, output_tensor, recording
+from natgrad.network import Cell, as_arguments, output_tensor, recording
+from natgrad.network.layers import rule_for
 from natgrad.planning.costs import block_application, block_refresh, layer_statistics
 from natgrad.planning.layers import Layer, Passes, assumed, seen
 from natgrad.planning.methods import Method, method_of
-from natgrad.planning.shapes import BlockShapes, block_shapes, geometries, on_meta
+from natgrad.planning.shapes import BlockShapes, Geometry, block_shapes, geometries, on_meta
 from natgrad.planning.work import flops_of
 
 
@@ -32,7 +34,7 @@ class LayerRow:
         parameters: how many numbers.
         treatment: the structure it gets.
         reason: why, where that is not what was asked for.
-        covered: whether a layer rule serves it.
+        covered: whether a layer rule serves it, or it is a vector of no layer, for which there is none but a diagonal.
         factors: sizes of what is kept: Kronecker factors, or the length of a diagonal.
         rows: examples times positions that the layer sees.
         state: bytes of averages, bases and inverses; those of a block of several layers stand with its first.
@@ -84,7 +86,7 @@ class Inspection:
 
     @property
     def uncovered(self) -> tuple[LayerRow, ...]:
-        """What no layer rule serves."""
+        """What is not covered."""
         return tuple(row for row in self.layers if not row.covered)
 
     def as_json(self) -> dict[str, Any]:
@@ -134,11 +136,44 @@ def passes_of(model: nn.Module, batch: int | None, tokens: int | None, inputs: A
     if inputs is not None:
         if batch is not None or tokens is not None:
             raise ArgumentError("Give either inputs=, or batch= and tokens=, not both.")
-        return meta, seen(meta, found, inputs)
+        return meta, _seen(model, meta, found, inputs)
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ArgumentError(f"{name}={value!r} was given; it must be a whole number of at least 1.")
     return meta, assumed(found, batch or 1, tokens or 1)
+
+
+def _seen(model: nn.Module, meta: nn.Module, found: tuple[Geometry, ...], inputs: Any) -> Passes:
+    try:
+        return seen(meta, found, inputs)
+    except ArgumentError as error:
+        if not _in_memory(model, inputs):
+            raise
+        # What a model does may depend on values: masks, tokens that are routed to experts. Then it runs as it is.
+        try:
+            with _undisturbed(model):
+                return seen(model, found, inputs)
+        except ArgumentError:
+            raise error from error.__cause__
+
+
+def _in_memory(model: nn.Module, inputs: Any) -> bool:
+    leaves = [t for t in pytree.tree_leaves(as_arguments(inputs)) if isinstance(t, torch.Tensor)]
+    return not any(t.is_meta for t in (*leaves, *model.parameters()))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leaves the model's buffers and the global random streams as they are, whatever it does inside."""
+    device = next(model.parameters()).device
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
 
 
 def examined(model: nn.Module, structure: Structure, inputs: Any) -> dict[str, str]:
@@ -146,24 +181,17 @@ def examined(model: nn.Module, structure: Structure, inputs: Any) -> dict[str, s
 
     The model's buffers, its gradients and the global random streams are left as they are.
     """
-    leaves = [t for t in pytree.tree_leaves(as_arguments(inputs)) if isinstance(t, torch.Tensor)]
-    if inputs is None or any(t.is_meta for t in (*leaves, *model.parameters())):
+    if inputs is None or not _in_memory(model, inputs):
         return {}
     device = next(model.parameters()).device
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), as_arguments(inputs))
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), recording(model) as tape:
+    with _undisturbed(model):
+        with recording(model) as tape:
             tape.output = output_tensor(model(*args, **kwargs))
         if tape.output is None:
             raise ArgumentError("The model's output is no tensor, and has no logits, so its layers cannot be checked.")
         generator = torch.Generator(device=device).manual_seed(0)
         return Fisher(MonteCarlo(), structure).examine(tape, Categorical(), generator)
-    finally:
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
 
 
 def _rows(
@@ -188,7 +216,7 @@ def _rows(
                 cell.size,
                 treatment,
                 reason,
-                cell.module is not None,
+                cell.module is not None or (not set(cell.parameters) & uncovered.keys() and _vector(meta, cell)),
                 _factors(parts, [of[n] for n in cell.parameters if n in of]),
                 layer.rows,
                 sum(p.bytes for p in parts),
@@ -198,6 +226,17 @@ def _rows(
             )
         )
     return tuple(rows), sum(kept.bytes for kept in shapes)
+
+
+def _vector(model: nn.Module, cell: Cell) -> bool:
+    """Whether a parameter without a rule is a vector among vectors: there is no more for it than a diagonal."""
+    owner = model.get_submodule(cell.parameters[0].rpartition(".")[0])
+    if hasattr(owner, "parametrizations"):
+        return False
+    rule = rule_for(owner)
+    known = () if rule is None else rule.parameters(owner)
+    left = [p for n, p in owner.named_parameters(recurse=False) if n not in known]
+    return all(sum(size > 1 for size in p.shape) <= 1 for p in left)
 
 
 def _factors(parts: list[BlockShapes], blocks: list[BlockShapes]) -> str:

@@ -111,12 +111,13 @@ def weights_of(layer: Layer) -> Work:
 
 
 def seen(model: nn.Module, found: tuple[Geometry, ...], inputs: Any) -> Passes:
-    """Passes of ``model``, which is on the meta device, on ``inputs``, of which only shapes and dtypes count.
+    """Passes of ``model`` on ``inputs``, of which only shapes and dtypes count where it is on the meta device.
 
     Raises:
         ArgumentError: the model does not run on them there.
     """
-    arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), as_arguments(inputs))
+    device = next(model.parameters()).device
+    arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), as_arguments(inputs))
     forward, backward, sampled = _Counter(), _Counter(), _Counter()
     try:
         with torch.enable_grad(), recording(model) as tape, forward:
@@ -126,7 +127,7 @@ def seen(model: nn.Module, found: tuple[Geometry, ...], inputs: Any) -> Passes:
             output = next((t for t in pytree.tree_leaves(raw) if isinstance(t, Tensor) and t.requires_grad), None)
         if output is None or output.dim() == 0:
             raise ArgumentError("The model's output is no tensor with a batch axis, so its batch cannot be told.")
-        tape.output, column = output, torch.empty_like(output)
+        tape.output, column = output, torch.zeros_like(output)
         with sampled:
             rows = tape.rows([g.cell for g in found if g.cell.module is not None], column[None])
         with backward:

@@ -15,6 +15,7 @@ from natgrad.network.layers.functional import FunctionalLinearRule
 from natgrad.network.layers.linear import LinearRule, TransposedLinearRule
 from natgrad.network.layers.norm import NormRule, RootMeanSquareRule
 from natgrad.network.layers.recurrent import RecurrentRule
+from natgrad.network.layers.tokens import TokensRule
 
 _LINEAR, _CONV, _CONV_TRANSPOSE, _NORM = LinearRule(), ConvRule(), ConvTransposeRule(), NormRule()
 _RECURRENT = RecurrentRule()
@@ -47,6 +48,8 @@ NAMED_RULES: dict[str, LayerRule] = {
     "transformers.models.*T5LayerNorm": RootMeanSquareRule(),
     "transformers.models.*ScaledWordEmbedding": ScaledEmbeddingRule(),
     "transformers.models.*Router": FunctionalLinearRule(),
+    "transformers.models.vit.*ViTEmbeddings": TokensRule(),
+    "transformers.models.deit.*DeiTEmbeddings": TokensRule(),
     "transformers.models.falcon.*FalconLinear": _LINEAR,
 }
 """Rules of types known by name, ``module.QualifiedName`` with ``*`` for any characters; the first that fits."""
