@@ -436,6 +436,9 @@ def excused(setup: Setup, error: str) -> bool:
         return labels
     if error.startswith("NonFiniteError: The Fisher matrix of Gamma"):
         return True  # a shape of exp(1000): the user's own distribution overflowed
+    if setup.metric == "hessian" and "half" in setup.precision and setup.model == "relu_norm":
+        # BatchNorm of two nearly equal rows: its second derivative, 1/σ³, is beyond float16.
+        return error.startswith(("NonFiniteError", "NotPositiveDefiniteError", "ConvergenceError"))
     if setup.metric == "hessian":  # indefinite, or not defined for the structure
         return error.startswith(("NotPositiveDefiniteError", "UnsupportedError: A Hessian", "ConvergenceError"))
     if setup.damping in ("none", "tiny"):  # fewer rows than parameters

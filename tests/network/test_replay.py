@@ -193,3 +193,25 @@ def test_replays_that_overlap_in_threads_leave_no_setting_behind():
     second.join(20)
     assert inside == [False]  # the second still needs it when the first has left
     assert settings() == before
+
+
+@pytest.mark.parametrize("where", ["parameters", "autocast"])
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e7])
+def test_products_in_float16_know_no_bounds(where, size):
+    """Vectors far outside float16's range, against the same products of the model in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(5, 4)
+    if where == "parameters":
+        model, x = model.half(), x.half()
+    exact = copy.deepcopy(model).double()
+    direction = {n: size * torch.randn(p.shape, dtype=torch.float64) for n, p in exact.named_parameters()}
+    cotangent = size * torch.randn(5, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.float16, enabled=where == "autocast"):
+        half = Linearization(Pass(model, (x,), {}))
+    double = Linearization(Pass(exact, (x.double(),), {}))
+    pushed, expected = half.jvp({n: v.float() for n, v in direction.items()}), double.jvp(direction)
+    assert float((pushed - expected).norm()) <= 3e-3 * float(expected.norm())
+    pulled, true = half.vjp(cotangent.float()), double.vjp(cotangent)
+    for name, t in true.items():
+        assert float((pulled[name] - t).norm()) <= 3e-3 * float(t.norm()), name

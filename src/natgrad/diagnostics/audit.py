@@ -215,7 +215,7 @@ class _ExactFisher:
     def gradient(self, labels: Any) -> dict[str, Tensor]:
         """Gradient of the mean negative log-likelihood."""
         score = self.likelihood.score(self.output, labels)
-        return self.linearization.vjp((score / self.normaliser).to(self.output.dtype))
+        return self.linearization.vjp(score / self.normaliser)
 
     def restricted(self, block: Block) -> LinearOperator:
         """``v ↦ (F v)`` restricted to the parameters of ``block``."""
@@ -226,7 +226,7 @@ class _ExactFisher:
             u = self.likelihood.fisher_matvec(self.output, pushed)
             if self.weights is not None:
                 u = u * self.weights[..., None]
-            return block.pack(self.linearization.vjp((u / self.normaliser).to(self.output.dtype)))
+            return block.pack(self.linearization.vjp(u / self.normaliser))
 
         return parameter_function(block, product, next(iter(self.linearization.parameters.values())))
 

@@ -309,7 +309,7 @@ def _products(block: Block, linearization: Linearization, output_product) -> Fun
 
     def product(v: Tensor) -> Tensor:
         pushed = linearization.jvp(block.unpack(v))
-        return block.pack(linearization.vjp(output_product(pushed).to(linearization.output.dtype)))
+        return block.pack(linearization.vjp(output_product(pushed)))
 
     return parameter_function(block, product, next(iter(linearization.parameters.values())))
 

@@ -6,7 +6,7 @@ BatchNorm's running statistics are changed in copies, random streams are put bac
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -197,7 +197,9 @@ def record(model: nn.Module, x: Any) -> Tape:
 class Linearization:
     """The Jacobian of an observed pass as a pair of products, ``J v`` and ``Jᵀ u``, from one graph.
 
-    ``Jᵀ u`` is a backward pass; ``J v`` differentiates ``Jᵀ u``, which is linear in ``u``, once more.
+    ``Jᵀ u`` is a backward pass; ``J v`` differentiates ``Jᵀ u``, which is linear in ``u``, once more. Where either runs
+    in float16, the vector is brought to a largest entry of 1/2 to 1 first, by a power of two, and the product back:
+    vectors of a solve know no bounds, float16 ends at 65504.
     """
 
     def __init__(self, observed: Pass) -> None:
@@ -206,21 +208,40 @@ class Linearization:
             self.output = observed.run()
             self._cotangent = torch.zeros_like(self.output, requires_grad=True)
             self._pulled = _differentiable_gradients(self.output, self.parameters.values(), self._cotangent)
+        self._half = torch.float16 in {t.dtype for t in (self.output, *self.parameters.values())}
 
     def jvp(self, v: Mapping[str, Tensor]) -> Tensor:
         """``J v`` of the output's shape, for a tensor per parameter name; a missing one counts as zero."""
         pairs = [(g, v[n]) for g, n in zip(self._pulled, self.parameters, strict=True) if g is not None and n in v]
-        pairs = [(g, t.to(g.dtype)) for g, t in pairs if g.requires_grad]
+        pairs = [(g, t) for g, t in pairs if g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.output)
-        outputs, grads = zip(*pairs, strict=True)
+        outputs, tangents = zip(*pairs, strict=True)
+        exponent = _largest_exponent(tangents) if self._half else None
+        grads = [_shifted(t, exponent, -1).to(g.dtype) for g, t in pairs]
         (out,) = torch.autograd.grad(outputs, self._cotangent, grads, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.output) if out is None else out
+        return torch.zeros_like(self.output) if out is None else _shifted(out, exponent, 1)
 
     def vjp(self, u: Tensor) -> dict[str, Tensor]:
         """``Jᵀ u``: a tensor per parameter name, zero where the output does not depend on it."""
-        grads = _gradients(self.output, self.parameters.values(), u)
-        return dict(zip(self.parameters, grads, strict=True))
+        exponent = _largest_exponent([u]) if self._half else None
+        cotangent = _shifted(u, exponent, -1).to(self.output.dtype)
+        grads = _gradients(self.output, self.parameters.values(), cotangent)
+        return {name: _shifted(g, exponent, 1) for name, g in zip(self.parameters, grads, strict=True)}
+
+
+def _largest_exponent(tensors: Iterable[Tensor]) -> Tensor:
+    """e (0-d) such that the largest magnitude of all entries is in [2^(e−1), 2^e); 0 where none is finite."""
+    largest = torch.stack([t.abs().amax().float() for t in tensors if t.numel()]).amax()
+    exponent = torch.frexp(largest).exponent
+    return torch.where(torch.isfinite(largest), exponent, torch.zeros_like(exponent))
+
+
+def _shifted(t: Tensor, exponent: Tensor | None, sign: int) -> Tensor:
+    """``t · 2^(sign · exponent)``, in float32 at least; ``t`` itself without an exponent."""
+    if exponent is None:
+        return t
+    return torch.ldexp(t.to(torch.promote_types(t.dtype, torch.float32)), sign * exponent)
 
 
 class HessianProducts:
