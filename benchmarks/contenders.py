@@ -13,7 +13,8 @@ import natgrad as ng
 from benchmarks.harness import Action, Row
 from benchmarks.workloads import Flops, Workload, flops_of
 from natgrad.metric import Fisher
-from natgrad.network import Tape, recording, uncovered_parameters
+from natgrad.metric.sampling import Share
+from natgrad.network import Pass, Tape, division_of, recording, uncovered_parameters
 
 SGD, ADAMW, GRADIENT, GEMM = "sgd", "adamw", "gradient", "matrix product"
 CG_ITERATIONS = 10
@@ -248,6 +249,27 @@ def statistics_alone(workload: Workload, structure: ng.Kronecker) -> Callable[[]
     def run() -> object:
         assert tape.model is model  # the tape itself holds the model weakly
         return metric.statistics(tape, workload.likelihood, None, partition, generator=generator)
+
+    return run
+
+
+def part_statistics(workload: Workload, sampling: ng.SubBatch) -> Callable[[], object]:
+    """Factor statistics with sampled labels of picked examples, their forward pass included."""
+    model, metric = workload.model(), Fisher(ng.MonteCarlo(), ng.Kronecker(sampling=sampling))
+    observed, tape = Pass.begin(model, (workload.x,), {}), _record(workload, model, workload.x)
+    generator = torch.Generator().manual_seed(0)
+    partition, division = metric.partition(model, uncovered_parameters(tape, generator)), division_of(observed, tape)
+    assert division is not None and tape.output is not None and not division.whole
+    output = tape.output.detach()
+
+    def run() -> object:
+        index = sampling.picks(generator).of(len(output), output.device)
+        assert index is not None
+        part = division.part(observed, len(output), index)
+        assert part is not None
+        return metric.statistics(
+            part.tape(), workload.likelihood, None, partition, generator=generator, share=Share(index, output)
+        )
 
     return run
 

@@ -117,6 +117,7 @@ def autoencoder_targets(quick: bool) -> tuple[list[Target], list[Action]]:
     """1, 3, 5: the autoencoder at batch 1000."""
     workload = autoencoder(width=2, batch=250) if quick else autoencoder()
     kfac, per_step = _kfac(workload, "kfac", ng.KFAC, ng.Kronecker(sampling=ng.Sampling(_W1)))
+    part, per_part = _kfac(workload, "part", ng.KFAC, ng.Kronecker(sampling=ng.SubBatch(_W1)))
     whole, per_whole = _kfac(workload, "whole", ng.KFAC, ng.Kronecker())
     model = workload.model()
     operator = ng.fisher(model, workload.likelihood, workload.x, structure=ng.MatrixFree())
@@ -124,18 +125,22 @@ def autoencoder_targets(quick: bool) -> tuple[list[Target], list[Action]]:
     solver = c._cg()
     cg = Action("cg", lambda: operator.solve(vector, damping=0.1, solver=solver))
     sampled = c.statistics_alone(workload, ng.Kronecker(sampling=ng.Sampling(_W1)))
+    part_alone = c.part_statistics(workload, ng.SubBatch(_W1))
     actions = [
-        *c.torch_contenders(workload).actions, *kfac, *whole, *c.operations(workload).actions,
-        Action("sampled statistics", sampled), cg,
+        *c.torch_contenders(workload).actions, *kfac, *part, *whole, *c.operations(workload).actions,
+        Action("sampled statistics", sampled), Action("part statistics", part_alone), cg,
     ]  # fmt: skip
     return [
         Target(1, "K-FAC, factors of a quarter at every step, inverses every 10th / SGD (W1)", 2.3,
                lambda s: per_step(s, 1, 10) / s[c.SGD]),
+        Target(1, "… with a quarter of the examples, run by themselves", 2.3, lambda s: per_part(s, 1, 10) / s[c.SGD]),
         Target(1, "… with factors of the whole batch", 2.3, lambda s: per_whole(s, 1, 10) / s[c.SGD]),
         Target(1, "K-FAC (10, 10) / SGD (W1)", 1.75, lambda s: per_step(s, 10, 10) / s[c.SGD]),
         Target(1, "… with factors of the whole batch", 1.75, lambda s: per_whole(s, 10, 10) / s[c.SGD]),
         Target(3, "factor statistics of a quarter, sampled labels / gradient (W1)", 0.6,
                lambda s: s["sampled statistics"] / s[c.GRADIENT]),
+        Target(3, "… of a quarter of the examples, run by themselves", 0.6,
+               lambda s: s["part statistics"] / s[c.GRADIENT]),
         Target(3, "… of the whole batch", 0.6, lambda s: s["factor statistics"] / s[c.GRADIENT]),
         Target(5, "product with the GGN / gradient (W1)", 2.0, lambda s: s["GGN-vector product"] / s[c.GRADIENT]),
         Target(5, "ten CG iterations / gradient (W1)", 18.0, lambda s: s["cg"] / s[c.GRADIENT]),

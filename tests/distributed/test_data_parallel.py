@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import natgrad as ng
 from distributed.processes import SIZE, in_processes
 from natgrad.distributed import Replicas, computed_by_owners, owners
+from natgrad.metric.sampling import Picks
 
 COMPILED = ["inside", "around", "late", "in place"]
 CUT, TOTAL = 9, 14  # the first process has 9 examples of 14
@@ -141,6 +142,20 @@ def sampled(rank: int) -> dict[str, Any]:
     return {"together": factors[0], "alone": factors[1]}
 
 
+def part_of_parts(rank: int) -> dict[str, Any]:
+    """A third of each process's part: as one process that takes both in turn, with the picks of both."""
+    picks = {CUT: torch.tensor([1, 3, 8]), TOTAL - CUT: torch.tensor([0, 4])}
+    kept = Picks.of
+    Picks.of = lambda self, n, device: picks.get(n) if self.fraction < 1 else None
+    try:
+        metric = ng.Fisher(ng.Exact(), ng.Kronecker(sampling=ng.SubBatch(1 / 3)))
+        options = {"metric": metric, "damping": ng.FactoredTikhonov(1e-2)}
+        together, _ = train(network(), rank, **options)
+        return {"together": theta(together), "alone": theta(in_micro_batches(network(), **options))}
+    finally:
+        Picks.of = kept
+
+
 def poisoned(rank: int) -> dict[str, Any]:
     """NaN in the second process's part of the second batch."""
     model = network()
@@ -252,6 +267,7 @@ def found() -> dict[str, list[Any]]:
         closures,
         eigenbases,
         sampled,
+        part_of_parts,
         poisoned,
         work,
         accumulated,
@@ -317,6 +333,11 @@ def test_pitfall_32_sampled_labels_differ_between_processes(found):
     assert torch.equal(first["alone"], second["alone"])
     # Rank 0 samples what a single process samples; the sum would equal it if rank 1 did so, too.
     assert float((first["together"] - first["alone"]).norm()) > 0.05 * float(first["alone"].norm())
+
+
+def test_parts_of_parts_of_a_batch_add_up(found):
+    for values in found["part_of_parts"]:
+        torch.testing.assert_close(values["together"], values["alone"], rtol=1e-9, atol=1e-12)
 
 
 def test_a_poisoned_part_stops_all_processes_alike(found):

@@ -5,7 +5,7 @@ from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Euclidean, Hessian
 from natgrad.metric.kronecker import EigenKronecker, Kronecker
 from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
-from natgrad.metric.sampling import Sampling
+from natgrad.metric.sampling import Sampling, SubBatch
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
 from natgrad.metric.widths import WidthLimits
@@ -38,6 +38,7 @@ __all__ = [
     "Signed",
     "Statistics",
     "Structure",
+    "SubBatch",
     "WidthLimits",
     "check_finite_output",
     "fisher",

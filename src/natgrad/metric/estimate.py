@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,12 +33,18 @@ class Factor:
             are positions, each zero at all positions but one.
         normaliser: ``M``, the number of predictions or the sum of their weights (0-d tensor).
         weights: factors of the predictions' Λ, ``[N, *positions]``; None where all are one.
+        copies: how many examples of the batch each row stands for; columns are already multiplied by its root.
     """
 
     columns: Tensor
     separate: bool
     normaliser: Tensor
     weights: Tensor | None
+    copies: float = 1.0
+
+    def standing_for(self, copies: float, normaliser: Tensor) -> Factor:
+        """The same columns for examples that stand for ``copies`` each, of a batch with ``normaliser``."""
+        return replace(self, columns=self.columns * copies**0.5, normaliser=normaliser, copies=copies)
 
     @property
     def positions(self) -> int:

@@ -17,6 +17,7 @@ from natgrad.linalg import DiagonalMatrix, FunctionOperator, LinearOperator
 from natgrad.metric.eigenbasis import completed
 from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
 from natgrad.metric.kronecker import Kronecker
+from natgrad.metric.sampling import Share, SubBatch
 from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
 from natgrad.metric.structure import Gram, Structure
 from natgrad.network import (
@@ -71,6 +72,11 @@ class Metric(ABC):
         """Whether rows must be those of single examples even where BatchNorm couples the batch."""
         return False
 
+    @property
+    def sub_batch(self) -> SubBatch | None:
+        """The part of a batch that is run by itself for statistics; None where they are taken of the pass itself."""
+        return None
+
     def examine(self, tape: Tape, likelihood: Likelihood, generator: torch.Generator) -> dict[str, str]:
         """Parameters that no layer rule may serve in passes like this one, with the reason."""
         found = uncovered_parameters(tape, generator)
@@ -120,8 +126,9 @@ class Metric(ABC):
         *,
         generator: torch.Generator | None = None,
         bases: Bases | None = None,
+        share: Share | None = None,
     ) -> Statistics:
-        """What is kept of an observed pass."""
+        """What is kept of an observed pass, or, with ``share``, of a part of its batch (``target`` is the whole's)."""
         raise NotImplementedError
 
     def no_statistics(self, model: nn.Module, partition: Partition) -> Statistics:
@@ -217,6 +224,11 @@ class Fisher(Metric):
     def by_example(self) -> bool:
         return self.structure.by_example
 
+    @property
+    def sub_batch(self) -> SubBatch | None:
+        sampling = self.structure.sampling if isinstance(self.structure, Kronecker) else None
+        return sampling if isinstance(sampling, SubBatch) and sampling.fraction < 1 else None
+
     def blocks(self, cell_list: tuple[Cell, ...]) -> tuple[Block, ...]:
         return self.structure.blocks(cell_list)
 
@@ -237,10 +249,15 @@ class Fisher(Metric):
         *,
         generator: torch.Generator | None = None,
         bases: Bases | None = None,
+        share: Share | None = None,
     ) -> Statistics:
         assert tape.output is not None
         likelihood.check_output(tape.output)
-        factor = self.estimate.factor(likelihood, tape.output, target, generator)
+        of = target if share is None else share.target(target)
+        factor = self.estimate.factor(likelihood, tape.output, of, generator)
+        if share is not None:
+            normaliser = self.estimate.weighting(likelihood, share.output, target)[2]
+            factor = factor.standing_for(share.copies, normaliser.to(factor.normaliser.dtype))
         return self.structure.statistics(tape, factor, partition, generator=generator, bases=bases)
 
     def no_statistics(self, model: nn.Module, partition: Partition) -> Statistics:

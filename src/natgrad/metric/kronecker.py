@@ -56,7 +56,7 @@ class Kronecker(Structure):
         if self.sharing not in ("expand", "reduce"):
             raise ArgumentError(f"sharing={self.sharing!r} was given; use 'expand' or 'reduce'.")
         if not isinstance(self.sampling, Sampling):
-            raise ArgumentError(f"sampling={self.sampling!r} was given; it must be ng.Sampling(fraction).")
+            raise ArgumentError(f"sampling={self.sampling!r} was given; it must be ng.Sampling or ng.SubBatch.")
         if not isinstance(self.widths, WidthLimits):
             raise ArgumentError(f"widths={self.widths!r} was given; it must be ng.WidthLimits(full=…, blocks=…).")
 
@@ -92,7 +92,11 @@ class Kronecker(Structure):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = self._row_chunks(tape, factor, partition, generator)
-        return Moments(self._factor_moments(chunks, factor, self.sampling.picks(generator)), factor.normaliser)
+        return Moments(self._factor_moments(chunks, factor, self._picks(factor, generator)), factor.normaliser)
+
+    def _picks(self, factor: Factor, generator: torch.Generator | None) -> Picks:
+        # Of examples that stand for others all positions are taken.
+        return (self.sampling if factor.copies == 1.0 else Sampling()).picks(generator)
 
     def _factor_moments(
         self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor, picks: Picks
@@ -136,7 +140,7 @@ class Kronecker(Structure):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = picks.scores(g.flatten(1, 2)).flatten(0, 1)
             found = self._side("output", None, g)
-            return found | {"input": self._token_moment(rows, factor)} if first else found
+            return found | {"input": self._token_moment(rows, factor).repeated(factor.copies)} if first else found
         return {"diagonal": Moment(rows.squared_sum())}
 
     def _side(self, side: Side, count: Tensor | None, x: Tensor, y: Tensor | None = None) -> dict[str, Moment]:
@@ -155,10 +159,14 @@ class Kronecker(Structure):
             per_row = w.sum(1)
             inputs = (a * w[..., None]).sum(2) / per_row.clamp_min(torch.finfo(a.dtype).tiny)[:, None]
             w = per_row
+        count = inputs.shape[1]
         inputs, w = picks.inputs(inputs, w)
+        # Micro-batches of which unequal parts are seen weigh what they do as a whole.
+        copies = factor.copies * count / max(1, inputs.shape[1])
+        inputs = inputs if copies == 1.0 else inputs * copies**0.5
         if w is None:
-            return self._side("input", a.new_full((), inputs.shape[1]), inputs)
-        return self._side("input", w.sum(), inputs, inputs * w[:, None])
+            return self._side("input", a.new_full((), copies * inputs.shape[1]), inputs)
+        return self._side("input", copies * w.sum(), inputs, inputs * w[:, None])
 
     def _token_moment(self, rows: EmbeddingRows, factor: Factor) -> Moment:
         """Frequencies of tokens: the diagonal of ``Σ onehot onehotᵀ`` (of the mean one-hot vector for reduce)."""
@@ -251,7 +259,7 @@ class EigenKronecker(Kronecker):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
-        picks = self.sampling.picks(generator)
+        picks = self._picks(factor, generator)
         values = self._factor_moments(chunks, factor, picks)
         rows = {
             name: kept_rows((picks.examples(c[name]) for c in chunks), tape)

@@ -1,4 +1,4 @@
-"""Which part of a batch's positions (tokens, pixels, examples) the Kronecker factors are estimated from."""
+"""Which part of a batch the Kronecker factors are estimated from: positions (tokens, pixels), or whole examples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
+from natgrad.likelihood.base import Target
 from natgrad.network import EmbeddingRows, LinearRows, Rows
 
 
@@ -34,13 +35,52 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (isinstance(self.fraction, (int, float)) and 0.0 < self.fraction <= 1.0):
             raise ArgumentError(
-                f"Sampling(fraction={self.fraction!r}) was given; a fraction of the batch lies in (0, 1]: 1/16 picks "
-                "every sixteenth position on average, 1 takes all."
+                f"{type(self).__name__}(fraction={self.fraction!r}) was given; a fraction of the batch lies in (0, 1]: "
+                "1/16 picks a sixteenth of it, 1 takes all."
             )
 
     def picks(self, generator: torch.Generator | None = None) -> Picks:
         """The picks of one batch; layers with as many positions share theirs."""
         return Picks(self.fraction, generator)
+
+
+@dataclass(frozen=True)
+class SubBatch(Sampling):
+    """Whole examples, picked at random, run through the model by themselves: nothing is done to the others.
+
+    The k-th of ``m = fraction · N`` examples is drawn evenly from the k-th of m equal stretches of the batch. They are
+    run forward and, with the columns of the estimate, backward once more, at ``fraction`` of the cost of both, and the
+    sums over them count ``N/m`` times: unbiased, divided by the normaliser of the whole batch. Dropout draws masks of
+    its own for them.
+
+    A model that couples the examples of a batch (BatchNorm in training mode, routing with a capacity) cannot be run on
+    a part of it. This is found out at the first pass; the coverage table then says so by name, and positions are picked
+    as by ``Sampling``.
+    """
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a part of a batch stands for.
+
+    Args:
+        index: of its m examples, ``[m]``.
+        output: of the whole batch, ``[N, *positions, C]``.
+    """
+
+    index: Tensor
+    output: Tensor
+
+    @property
+    def copies(self) -> float:
+        """How many examples of the batch each one stands for."""
+        return len(self.output) / len(self.index)
+
+    def target(self, whole: Target | None) -> Target | None:
+        """The labels (and weights) of the part."""
+        if whole is None or isinstance(whole, Tensor):
+            return None if whole is None else whole.index_select(0, self.index.to(whole.device))
+        return tuple(t.index_select(0, self.index.to(t.device)) for t in whole)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ class Moment:
         counts = [c for c in (self.count, other.count) if c is not None]
         return Moment(self.sum + other.sum, counts[0] + counts[1] if len(counts) == 2 else None)
 
+    def repeated(self, times: float) -> Moment:
+        """That of examples each of which is there so many times."""
+        return self if times == 1.0 else Moment(self.sum * times, None if self.count is None else self.count * times)
+
     def mean(self, normaliser: Tensor) -> Tensor:
         count = normaliser if self.count is None else self.count
         return self.sum / count.clamp_min(torch.finfo(count.dtype).tiny)

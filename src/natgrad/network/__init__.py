@@ -7,6 +7,7 @@ from natgrad.network.coverage import (
     uncovered_parameters,
     unreached_parameters,
 )
+from natgrad.network.division import Division, division_of
 from natgrad.network.empty import EmptyTape
 from natgrad.network.layers import (
     NAMED_RULES,
@@ -60,6 +61,7 @@ __all__ = [
     "ConvRule",
     "ConvTransposeRule",
     "DenseRows",
+    "Division",
     "EmbeddingRows",
     "EmbeddingRule",
     "EmptyTape",
@@ -86,6 +88,7 @@ __all__ = [
     "accumulation",
     "as_arguments",
     "cells",
+    "division_of",
     "fresh_casts",
     "full_precision",
     "is_compiled",

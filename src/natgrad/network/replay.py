@@ -6,10 +6,10 @@ BatchNorm's running statistics are changed in copies, random streams are put bac
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,13 +126,36 @@ class Pass:
             tape.output = self._again()
         return tape
 
-    def _again(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    @contextmanager
+    def again(self) -> Iterator[Tape]:
+        """The tape of a second run."""
+        yield self.tape()
+
+    def tensors(self) -> list[Any]:
+        """The tensors among the arguments, in order, and None for what is none."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return [t if isinstance(t, Tensor) and t.layout == torch.strided else None for t in leaves]
+
+    def of_examples(self, index: Tensor, places: Collection[int]) -> Pass:
+        """The pass of the examples ``index`` alone, which are along the first axis of the tensors at ``places``."""
+        self._check_unchanged()
+        leaves, form = pytree.tree_flatten((self.args, dict(self.kwargs)))
+        for i in places:
+            taken = leaves[i].detach().index_select(0, index.to(leaves[i].device))
+            leaves[i] = taken.requires_grad_(leaves[i].requires_grad)
+        args, kwargs = pytree.tree_unflatten(leaves, form)
+        return replace(self, args=args, kwargs=kwargs, versions=None)
+
+    def _check_unchanged(self) -> None:
         if self.versions is not None and self.versions != _versions(self.args, self.kwargs):
             raise StaleTapeError(
                 "An input of the observed forward pass has been changed in place since, so that the pass cannot be run "
                 "again to measure it. Give the model a copy of a tensor that is reused, and no in-place operation on "
                 "its input."
             )
+
+    def _again(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        self._check_unchanged()
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         device = next(self.model.parameters()).device
         token = _replaying.set(True)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from natgrad.distributed import Replicas
 from natgrad.likelihood import Likelihood
 from natgrad.metric import Metric
-from natgrad.network import Partition, Tape, trainable_parameters, unreached_parameters
+from natgrad.network import (
+    Division,
+    Partition,
+    Pass,
+    Tape,
+    division_of,
+    trainable_parameters,
+    unreached_parameters,
+)
 from natgrad.optim.naming import Renaming, names_after, names_here
 
 
@@ -34,12 +42,14 @@ class CoverageRow:
     reason: str
 
 
-def coverage_rows(metric: Metric, partition: Partition) -> list[CoverageRow]:
-    """One row per trainable parameter, in the order of the blocks."""
+def coverage_rows(metric: Metric, partition: Partition, undivided: str = "") -> list[CoverageRow]:
+    """One row per trainable parameter, in the order of the blocks; ``undivided``: why whole batches are taken."""
+    note = f"statistics of whole batches: {undivided}" if undivided else ""
     rows: list[CoverageRow] = []
     for block in partition.blocks:
         for cell in block.cells:
             treatment, reason = metric.reason(cell)
+            reason = "; ".join(part for part in (reason, note) if part)
             for name, shape in zip(cell.parameters, cell.shapes, strict=True):
                 rows.append(CoverageRow(name, tuple(shape), block.name, treatment, reason))
     return rows
@@ -55,6 +65,7 @@ class Examination:
         alone: whether no pass with more than one row was examined.
         stale: whether blocks made before the last examination are out of date.
         again: whether the next pass is examined as the first one was, because another module is observed now.
+        division: how batches are divided; None before it was asked for and could be told.
     """
 
     uncovered: dict[str, str] | None = None
@@ -62,6 +73,7 @@ class Examination:
     alone: bool = False
     stale: bool = False
     again: bool = False
+    division: Division | None = None
     _agreed: dict[str, Any] | None = None
 
     def shared(self, replicas: Replicas) -> tuple[Examination, bool]:
@@ -79,7 +91,9 @@ class Examination:
         unreached = frozenset.intersection(*[frozenset(state["unreached"]) for state in found])
         agreed = all((state["uncovered"] or {}).keys() == (uncovered or {}).keys() for state in found)
         alone = all(state["alone"] for state in found)
-        merged = Examination(uncovered, unreached, alone, self.stale or not agreed, self.again)
+        whole = next((state["division"] for state in found if state["division"] and state["division"][1]), None)
+        division = self.division if whole is None else Division((), whole[1])
+        merged = Examination(uncovered, unreached, alone, self.stale or not agreed, self.again, division)
         merged._agreed = merged.state()
         return merged, agreed
 
@@ -116,12 +130,22 @@ class Examination:
         self.unreached, self.alone, self.again = unreached, alone, False
         return True
 
+    def divide(self, metric: Metric, observed: Pass, tape: Tape) -> None:
+        """Learn how batches are divided, where the metric asks for it and it is not known yet."""
+        if metric.sub_batch is not None and self.division is None:
+            self.division = division_of(observed, tape)
+
+    @property
+    def undivided(self) -> str:
+        """Why statistics are of whole batches where the metric asks for parts; empty where they are not."""
+        return "" if self.division is None else self.division.whole
+
     def carried(self, before: nn.Module | None, after: nn.Module) -> Examination:
         """What is known of the parameters where ``after`` is observed in place of ``before`` (None: of none yet)."""
         if before is after:
             return self
         name = names_here(after) if before is None else names_after(before, after)
-        return replace(self.renamed(name), again=self.again or before is not None)
+        return replace(self.renamed(name), again=self.again or before is not None, division=None)
 
     def renamed(self, name: Renaming) -> Examination:
         """The same of parameters that are called otherwise."""
@@ -130,12 +154,16 @@ class Examination:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"uncovered": self.uncovered, "unreached": sorted(self.unreached), "alone": self.alone}
+        division = None if self.division is None else (list(self.division.places), self.division.whole)
+        unreached = sorted(self.unreached)
+        return {"uncovered": self.uncovered, "unreached": unreached, "alone": self.alone, "division": division}
 
     @staticmethod
     def restored(state: dict[str, Any]) -> Examination:
         """What :meth:`state` gave."""
-        return Examination(state["uncovered"], frozenset(state["unreached"]), state["alone"])
+        kept = state.get("division")
+        division = None if kept is None else Division(tuple(kept[0]), kept[1])
+        return Examination(state["uncovered"], frozenset(state["unreached"]), state["alone"], division=division)
 
 
 def _bypassed(tape: Tape, partition: Partition | None) -> bool:

@@ -102,7 +102,8 @@ class Observation:
         A pass that ran compiled is run again here, and the tape's output is that of the second run.
         """
         if self.tape is None:
-            yield self.observed.tape()
+            with self.observed.again() as tape:
+                yield tape
             return
         tape, self._own = self.tape, True
         tape.output = output

@@ -18,7 +18,8 @@ from natgrad.likelihood.base import Target
 from natgrad.linalg import LinearOperator, Solver
 from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Statistics
 from natgrad.metric.running import Refresh, Staggered
-from natgrad.network import BlockVector, Partition, fresh_casts, full_precision, trainable_parameters
+from natgrad.metric.sampling import Share
+from natgrad.network import BlockVector, Partition, Pass, Tape, fresh_casts, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
 from natgrad.optim.checks import (
     check_arguments,
@@ -269,20 +270,39 @@ class NaturalGradient(torch.optim.Optimizer):
         self._likelihood.check_output(output)
         if not any(o.statistics is not None for o in self._observer.observations):
             self._reseed()
-        with full_precision(self._device), observation.differentiating(output) as tape:
-            observation.skipped = not self._examination.possible(tape)
-            if observation.skipped:
-                return
-            with torch.enable_grad():
-                known = None if self._curvature is None else self._curvature.partition
-                if self._examination.examine(self._metric, self._likelihood, tape, self._generator, known):
-                    self._reseed()  # so that the labels are those of a step without an examination
-            curvature = self._curvature_for(self._partition())
-            bases = self._bases(curvature)
-            statistics = self._metric.statistics(
-                tape, self._likelihood, observation.target, curvature.partition, generator=self._generator, bases=bases
-            )
+        with full_precision(self._device):
+            part, share = self._part(observation, output)
+            with observation.differentiating(output) if part is None else part.again() as tape:
+                observation.skipped = not self._examined(observation.observed, tape)
+                if observation.skipped:
+                    return
+                curvature = self._curvature_for(self._partition())
+                statistics = self._metric.statistics(
+                    tape, self._likelihood, observation.target, curvature.partition, generator=self._generator,
+                    bases=self._bases(curvature), share=share,
+                )  # fmt: skip
         observation.record(statistics)
+
+    def _examined(self, observed: Pass, tape: Tape) -> bool:
+        """Learn what a pass shows; False where it is the first one, and not finite."""
+        if not self._examination.possible(tape):
+            return False
+        with torch.enable_grad():
+            known = None if self._curvature is None else self._curvature.partition
+            if self._examination.examine(self._metric, self._likelihood, tape, self._generator, known):
+                self._reseed()  # so that the labels are those of a step without an examination
+            self._examination.divide(self._metric, observed, tape)
+        return True
+
+    def _part(self, observation: Observation, output: Tensor) -> tuple[Pass, Share] | tuple[None, None]:
+        """A part of the pass's batch, where the metric wants one and it is known that the model can be run on it."""
+        wanted, n = self._metric.sub_batch, len(output)
+        division = self._examination.division
+        if wanted is None or division is None or division.whole:
+            return None, None
+        index = wanted.picks(self._generator).of(n, self._device)
+        part = None if index is None else division.part(observation.observed, n, index)
+        return (None, None) if part is None or index is None else (part, Share(index, output.detach()))
 
     def _bases(self, curvature: Curvature) -> Bases:
         """Eigenbases in use; none before the first step, where what is laid out for a checkpoint means nothing."""
@@ -679,7 +699,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def coverage(self) -> list[CoverageRow]:
         """How every trainable parameter is treated, and why; before the first observed pass: as far as types tell."""
-        return coverage_rows(self._metric, self._partition())
+        return coverage_rows(self._metric, self._partition(), self._examination.undivided)
 
     @property
     def last(self) -> Step | None:
