@@ -19,46 +19,63 @@ from support import assert_close
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), st.floats(0.0, 0.999))
 def test_the_mean_is_the_weighted_sum_over_the_weights(values, decay):
-    average = Average.start(torch.zeros(2, dtype=torch.float64))
+    average = Average.start(torch.zeros(1, 2, dtype=torch.float64))
     for value in values:
-        average = average.updated(torch.tensor([value, 1.0], dtype=torch.float64), decay)
+        average.update_(torch.tensor([[value, 1.0]], dtype=torch.float64), decay)
     weights = [(1 - decay) * decay ** (len(values) - 1 - t) for t in range(len(values))]
     expected = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
-    assert float(average.value[0]) == pytest.approx(expected, rel=1e-10, abs=1e-10 * max(map(abs, values)))
-    assert float(average.value[1]) == pytest.approx(1.0, rel=1e-12)
+    assert float(average.value[0, 0]) == pytest.approx(expected, rel=1e-10, abs=1e-10 * max(map(abs, values)))
+    assert float(average.value[0, 1]) == pytest.approx(1.0, rel=1e-12)
+    assert float(average.total[0, 1]) == pytest.approx(math.fsum(weights), rel=1e-12)
 
 
 def test_the_first_value_counts_in_full():
-    x = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
-    assert_close(Average.start(x).updated(x, 0.95).value, x, 1e-14)
+    x = torch.tensor([[[2.0, 1.0], [1.0, 3.0]], [[4.0, 0.0], [0.0, 5.0]]], dtype=torch.float64)
+    average = Average.start(x)
+    average.update_(x, 0.95)
+    assert_close(average.value, x, 1e-14)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_not_finite_is_left_out(bad, first):
-    good, poisoned = torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, bad]).double()
-    average = Average.start(good)
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2)])
+def test_what_is_not_finite_is_left_out_alone(bad, first, shape):
+    """Of three averages side by side only the poisoned one stays as it was."""
+    good = torch.arange(1.0, 1 + 3 * math.prod(shape), dtype=torch.float64).reshape(3, *shape)
+    poisoned = good.clone()
+    poisoned[1].view(-1)[-1] = bad
+    average, undisturbed = Average.start(good), Average.start(good)
     if not first:
-        average = average.updated(good, 0.9)
-    after = average.updated(poisoned, 0.9)
-    assert torch.equal(after.total, average.total) and torch.equal(after.weight, average.weight)
-    assert_close(after.updated(good, 0.9).value, good, 1e-14)
+        average.update_(good, 0.9)
+        undisturbed.update_(good, 0.9)
+    before = average.total[1].clone(), average.weight[1].clone()
+    average.update_(2 * poisoned, 0.9)
+    undisturbed.update_(2 * good, 0.9)
+    assert torch.equal(average.total[1], before[0]) and torch.equal(average.weight[1], before[1])
+    for i in (0, 2):
+        assert torch.equal(average.value[i], undisturbed.value[i])
+        assert torch.equal(average.weight[i], undisturbed.weight[i])
+    average.update_(good, 0.9)
+    assert torch.isfinite(average.value).all()
 
 
 def test_what_is_declared_invalid_is_left_out():
-    x = torch.tensor([1.0, 2.0]).double()
-    average = Average.start(x).updated(x, 0.9)
-    after = average.updated(5 * x, 0.9, torch.tensor(False))
-    assert torch.equal(after.total, average.total) and torch.equal(after.weight, average.weight)
-    assert not torch.equal(average.updated(5 * x, 0.9, torch.tensor(True)).total, average.total)
+    x = torch.tensor([[1.0, 2.0]]).double()
+    average = Average.start(x)
+    average.update_(x, 0.9)
+    total, weight = average.total, average.weight.clone()
+    average.update_(5 * x, 0.9, torch.tensor(False))
+    assert torch.equal(average.total, total) and torch.equal(average.weight, weight)
+    average.update_(5 * x, 0.9, torch.tensor(True))
+    assert not torch.equal(average.total, total)
 
 
-def test_updating_makes_new_tensors():
-    x = torch.ones(2)
-    average = Average.start(x).updated(x, 0.5)
-    total = average.total.clone()
-    average.updated(3 * x, 0.5)
-    assert torch.equal(average.total, total) and torch.equal(x, torch.ones(2))
+def test_a_member_shares_the_memory_and_what_is_taken_in_stays_as_it_was():
+    x = torch.ones(3, 2)
+    average = Average.start(x)
+    average.member(1).update_(2 * x[1:2], 0.5)
+    assert torch.equal(average.value, torch.tensor([[0.0, 0.0], [2.0, 2.0], [0.0, 0.0]]))
+    assert torch.equal(average.weight, torch.tensor([0.0, 0.5, 0.0])) and torch.equal(x, torch.ones(3, 2))
 
 
 def test_refresh_is_frequent_at_first():

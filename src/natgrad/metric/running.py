@@ -1,4 +1,4 @@
-"""Averages over steps and the schedule of refreshes: pure functions on tensors, no host synchronisation."""
+"""Averages over steps and the schedule of refreshes; no host synchronisation."""
 
 from __future__ import annotations
 
@@ -67,11 +67,12 @@ class Staggered(Refresh):
 
 @dataclass(frozen=True)
 class Average:
-    """Exponential average whose first value counts in full.
+    """Exponential averages of n tensors of one shape, side by side; the first value of each counts in full.
 
     Args:
-        value: the mean ``Σ_t β^(T−t) x_t / Σ_t β^(T−t)``: the usual average with zero start, its bias corrected.
-        weight: ``Σ_t β^(T−t) (1 − β)`` (0-d), which grows from 0 to 1.
+        value: the means ``Σ_t β^(T−t) x_t / Σ_t β^(T−t)``, ``[n, *shape]``: the usual averages with zero start, their
+            bias corrected.
+        weight: ``Σ_t β^(T−t) (1 − β)``, ``[n]``, which grow from 0 to 1.
     """
 
     value: Tensor
@@ -79,21 +80,31 @@ class Average:
 
     @staticmethod
     def start(x: Tensor) -> Average:
-        return Average(torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
+        """Nothing taken in yet of tensors like ``x [n, *shape]``."""
+        return Average(torch.zeros_like(x), torch.zeros(len(x), dtype=x.dtype, device=x.device))
 
-    def updated(self, x: Tensor, decay: float, valid: Tensor | None = None) -> Average:
-        """The average with ``x`` taken in; left out where it is not finite, or where ``valid`` (0-d bool) is false."""
-        finite = torch.isfinite(x.sum())
+    def update_(self, x: Tensor, decay: float, valid: Tensor | None = None) -> None:
+        """Take in ``x [n, *shape]``, in place.
+
+        One of the n tensors is left out where it is not finite, all where ``valid`` (0-d bool) is false.
+        """
+        axes = tuple(range(1, x.dim()))
+        finite = torch.isfinite(x.sum(axes) if axes else x)
         if valid is not None:
             finite = finite & valid.to(finite.device)
         # In x's precision: Python numbers in torch.where would be rounded to float32.
         keep = torch.where(finite, x.new_full((), decay), x.new_ones(()))
-        weight = self.weight * keep + (1 - keep)
-        share = (1 - keep) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        self.weight.mul_(keep).add_(1 - keep)
+        share = (1 - keep) / self.weight.clamp_min(torch.finfo(x.dtype).tiny)
+        each = (-1, *[1] * len(axes))
         # 0 · NaN is NaN, so that a share of 0 alone would not keep x out.
-        return Average(torch.lerp(self.value, torch.where(finite, x, 0.0), share), weight)
+        self.value.lerp_(torch.where(finite.view(each), x, 0.0), share.view(each))
+
+    def member(self, i: int) -> Average:
+        """The i-th alone, in the same memory."""
+        return Average(self.value[i : i + 1], self.weight[i : i + 1])
 
     @property
     def total(self) -> Tensor:
-        """``Σ_t β^(T−t) (1 − β) x_t``, the average before its bias is corrected."""
-        return self.value * self.weight
+        """``Σ_t β^(T−t) (1 − β) x_t``, the averages before their bias is corrected."""
+        return self.value * self.weight.view(-1, *[1] * (self.value.dim() - 1))

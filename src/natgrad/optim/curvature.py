@@ -17,13 +17,13 @@ from natgrad.distributed import Replicas, computed_by_owners, owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver, found_in, named_tensors
 from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
-from natgrad.metric.running import Average
 from natgrad.network import Partition
+from natgrad.optim.averages import AVERAGE, WEIGHT, Averages
 from natgrad.step import Damping
 
 _TOLERATED_FAILURES = 3
-_AVERAGE, _WEIGHT, _BASIS, _INVERSE = "average.", "weight.", "basis.", "inverse."
-STATE_PREFIXES = (_AVERAGE, _WEIGHT, _BASIS, _INVERSE)
+_BASIS, _INVERSE = "basis.", "inverse."
+STATE_PREFIXES = (AVERAGE, WEIGHT, _BASIS, _INVERSE)
 
 
 class Curvature:
@@ -49,6 +49,7 @@ class Curvature:
     ) -> None:
         self.metric, self.partition, self.decay, self._replicas = metric, partition, decay, replicas
         self._slots: dict[str, Any] = {b.name: state[parameters[b.parameters[0]]] for b in partition.blocks}
+        self._averages = Averages(self._slots)
         self.operators: dict[str, LinearOperator] = {}
         self.inverses: dict[str, LinearOperator] = {}
         self.failures = 0
@@ -66,7 +67,7 @@ class Curvature:
         return {
             name: (found_in(slot, _BASIS + "left"), found_in(slot, _BASIS + "right"))
             for name, slot in self._slots.items()
-            if _AVERAGE + "eigenvalues" in slot
+            if AVERAGE + "eigenvalues" in slot
         }
 
     @property
@@ -92,12 +93,9 @@ class Curvature:
         assert isinstance(statistics, Moments)
         for name, basis in statistics.bases.items():
             self._store_basis(name, basis)
-        for name, kinds in statistics.means().items():
-            slot = self._slots[name]
-            for kind, mean in kinds.items():
-                average = _average(slot, kind, mean).updated(mean, self.decay, valid)
-                slot[_AVERAGE + kind], slot[_WEIGHT + kind] = average.value, average.weight
-        self._rebuild()
+        laid_out = self._averages.update(statistics.means(), self.decay, valid)
+        if laid_out or statistics.bases or not self.operators:
+            self._rebuild()  # otherwise operators see the averages change under them
 
     def prime(self, empty: Moments, dampings: Mapping[str, Damping], solver: Solver | None) -> None:
         """Lay out averages and inverses as they will be, at zero and at 1/λ, from the moments of no data."""
@@ -190,30 +188,19 @@ class Curvature:
             return t.numel() * t.shape[-1] if t.dim() > 1 and t.shape[-2] > 1 else t.numel()
 
         costs = dict.fromkeys(self.operators, 0.0)
-        for name, kinds in self._means().items():
+        for name, kinds in self._averages.means().items():
             costs[name] += sum(map(cost, kinds.values()))
         return costs
 
-    def _means(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: {
-                key[len(_AVERAGE) :]: mean
-                for key, mean in slot.items()
-                if isinstance(key, str) and key.startswith(_AVERAGE)
-            }
-            for name, slot in self._slots.items()
-            if any(isinstance(key, str) and key.startswith(_AVERAGE) for key in slot)
-        }
-
     def _rebuild(self) -> None:
-        self.operators = self.metric.moment_operators(self.partition, self._means(), self.bases)
+        self.operators = self.metric.moment_operators(self.partition, self._averages.means(), self.bases)
 
     def _renew_bases(self, names: Sequence[str]) -> dict[str, NatgradError]:
         """Renew the eigenbases of these blocks; those whose basis stays as it was, and why."""
         old, failed = {name: basis for name, basis in self.bases.items() if name in names}, {}
         if not old:
             return failed
-        means, costs = self._means(), self._costs()
+        means, costs = self._averages.means(), self._costs()
 
         def renewed(name: str) -> tuple[Basis, Tensor]:
             kinds, bases = self.metric.renewed_bases({name: means[name]}, {name: old[name]})
@@ -223,7 +210,7 @@ class Curvature:
             if isinstance(found, NatgradError):
                 failed[name] = found
                 continue
-            basis, self._slots[name][_AVERAGE + "eigenvalues"] = found
+            basis, self._slots[name][AVERAGE + "eigenvalues"] = found
             self._store_basis(name, basis)
         self._rebuild()
         return failed
@@ -243,7 +230,7 @@ class Curvature:
 
     def _restore(self) -> None:
         """Operators and inverses from the state of a checkpoint; nothing where there is none."""
-        if not self.metric.averaged or not self._means():
+        if not self.metric.averaged or not self._averages.means():
             return
         self._rebuild()
         for name, slot in self._slots.items():
@@ -256,13 +243,6 @@ class Curvature:
                 self.inverses[name] = MATRICES[kind].from_tensors(tensors)
 
 
-def unpaired(slot: Mapping[Any, Any]) -> list[str]:
-    """Averages without their weights and weights without their averages, which a state must not have."""
-    keys = {key for key in slot if isinstance(key, str)}
-    pairs = ((_AVERAGE, _WEIGHT), (_WEIGHT, _AVERAGE))
-    return sorted(b + k[len(a) :] for a, b in pairs for k in keys if k.startswith(a) and b + k[len(a) :] not in keys)
-
-
 def _matrix(inverse: LinearOperator) -> LinearOperator:
     return inverse.operator if isinstance(inverse, Inverse) else inverse
 
@@ -270,9 +250,3 @@ def _matrix(inverse: LinearOperator) -> LinearOperator:
 def _kept(inverse: LinearOperator) -> bool:
     """Whether an inverse is a matrix that a checkpoint can hold."""
     return getattr(_matrix(inverse), "kind", None) in MATRICES
-
-
-def _average(slot: Mapping[str, Tensor], kind: str, like: Tensor) -> Average:
-    if _AVERAGE + kind not in slot:
-        return Average.start(like)
-    return Average(slot[_AVERAGE + kind], slot[_WEIGHT + kind])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.errors import ArgumentError
-from natgrad.optim.curvature import unpaired
+from natgrad.optim.averages import unpaired
 from natgrad.optim.groups import DIVISION, OPTIONS, Group
 from natgrad.optim.naming import names_here, renamed_entries
 from natgrad.optim.state import INVENTORY, NOTE, names_of, put_back, whole, without_hooks
