@@ -17,8 +17,9 @@ from natgrad.distributed import Replicas, computed_by_owners, owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver, found_in, named_tensors
 from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
-from natgrad.network import Partition
+from natgrad.network import BlockVector, Partition
 from natgrad.optim.averages import AVERAGE, WEIGHT, Averages
+from natgrad.optim.stacks import Stacks, inverted_together
 from natgrad.step import Damping
 
 _TOLERATED_FAILURES = 3
@@ -52,6 +53,7 @@ class Curvature:
         self._averages = Averages(self._slots)
         self.operators: dict[str, LinearOperator] = {}
         self.inverses: dict[str, LinearOperator] = {}
+        self._stacks = Stacks()
         self.failures = 0
         if isinstance(metric, Euclidean):
             for block in partition.blocks:
@@ -151,6 +153,10 @@ class Curvature:
                 if name in self.inverses:
                     self._store_inverse(name, self.inverses[name])
 
+    def preconditioned(self, vectors: BlockVector) -> BlockVector:
+        """``(F_b + λ_b I)⁻¹ v_b`` of every vector."""
+        return self._stacks.matvec(self.inverses, vectors)
+
     def _inverted(
         self, names: Sequence[str], dampings: Mapping[str, Damping], solver: Solver | None
     ) -> dict[str, LinearOperator | NatgradError]:
@@ -163,7 +169,8 @@ class Curvature:
                 return error
 
         if self._replicas.size == 1 or not self.metric.averaged:
-            return {name: inverse(name) for name in names}
+            found = inverted_together(names, dampings, self.operators) if solver is None else {}
+            return {name: found[name] if name in found else inverse(name) for name in names}
 
         def parts(name: str) -> tuple[str, dict[str, Tensor]] | NatgradError | None:
             found = inverse(name)

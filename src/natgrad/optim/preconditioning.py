@@ -15,7 +15,7 @@ def preconditioned(curvature: Curvature, gradients: Mapping[str, Tensor]) -> Blo
     """``(F + λI)⁻¹ g`` of the blocks that have any gradient."""
     partition = curvature.partition
     vectors = partition.pack_present(gradients)
-    direction = {name: curvature.inverses[name].matvec(v).to(v.dtype) for name, v in vectors.items()}
+    direction = curvature.preconditioned(vectors)
     found = partition.unpack(direction)
     if len(found) == len(gradients):
         return direction
