@@ -15,7 +15,7 @@ from torch import nn
 import natgrad as ng
 from natgrad.errors import ArgumentError
 from natgrad.planning import Profile, plan, predict
-from natgrad.planning.planner import memory_limit, size_text
+from natgrad.planning.sizes import memory_limit, size_text
 
 RATES = {"16": 1e-5, "1024": 1e-2}
 MADE_UP = Profile(
@@ -62,14 +62,18 @@ def test_a_limit_of_time_makes_schedules_seldom_and_is_kept():
 def test_what_cannot_keep_a_limit_of_time_says_by_how_much():
     found = plan(deep(), batch=4096, max_overhead=0.001, profile=MADE_UP)
     assert found.recommended is None and found.best is None
-    assert "over SGD where 0% is allowed" in found["kfac"].problem and "No structure keeps the limits" in found.reason
+    assert found["kfac"].problem == f"{found['kfac'].ratio:.4g} × SGD's time (limit 1.001)"
+    assert found.nearest == min(found.choices, key=lambda c: c.ratio).name
+    assert found.reason.startswith("No structure keeps the limit. 1.001 × SGD's time is kept by none: the least is")
+    assert f"The nearest is {found.nearest}" in found.reason
 
 
 def test_a_limit_of_memory_leaves_out_what_is_larger():
     whole = plan(deep(), batch=4096, profile=MADE_UP)
     limit = whole["kfac"].state - 1
     found = plan(deep(), batch=4096, max_memory=limit, profile=MADE_UP)
-    assert "of state where" in found["kfac"].problem and "of state where" in found["ekfac"].problem
+    assert "of state (limit" in found["kfac"].problem and "of state (limit" in found["ekfac"].problem
+    assert (found["kfac"].statistics, found["kfac"].inverse, found["kfac"].fraction) == (1, 10, 1.0)
     assert found.recommended not in (None, "kfac", "ekfac")
     assert found.best.state <= limit
     exactly = plan(deep(), batch=4096, max_memory=whole["kfac"].state, profile=MADE_UP)

@@ -59,7 +59,7 @@ def inspect(
         from natgrad.planning.methods import method_of
 
         method_of(structure)  # before the model, which may take long
-        made, seen = load_model(model, batch, tokens, given, meta, real=True)
+        made, seen, _ = load_model(model, batch, tokens, given, meta, real=True)
         found = natgrad.planning.inspect(made, structure, **seen)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
@@ -103,14 +103,14 @@ def _treatment(row: LayerRow) -> str:
 
 
 def _numbers(row: LayerRow) -> tuple[str, ...]:
-    from natgrad.planning.planner import size_text
+    from natgrad.planning.sizes import size_text
 
     work = (row.statistics, row.refresh, row.application)
     return f"{row.parameters:,}", f"{row.rows:,}", size_text(row.state), *(flops_text(f) for f in work)
 
 
 def _totals(found: Inspection) -> str:
-    from natgrad.planning.planner import size_text
+    from natgrad.planning.sizes import size_text
 
     work = [sum(getattr(row, kind) for row in found.layers) for kind in ("statistics", "refresh", "application")]
     text = (

@@ -17,8 +17,9 @@ from natgrad.tasks.task import take
 
 def load_model(
     reference: str, batch: int | None, tokens: int | None, given: str | None, meta: bool, real: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and ``batch=`` and ``tokens=``, or ``inputs=``, for :func:`natgrad.planning.plan`.
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """The model; ``batch=`` and ``tokens=``, or ``inputs=``, for :func:`natgrad.planning.plan`; a task's likelihood, as
+    code.
 
     Args:
         reference: ``module:function``, ``module:Class`` or ``file.py:function`` of the current folder, called without
@@ -34,18 +35,25 @@ def load_model(
     with torch.device("meta") if meta else contextlib.nullcontext():
         made = _made(reference)
     if isinstance(made, nn.Module):
-        model, rows = made, None
+        model, rows, likelihood = made, None, ""
     else:
         model, rows = made.model(0), take(made.train[0], slice(0, batch or made.batch_size))
+        likelihood = _code(made.likelihood)
     if given is not None:
         rows = _example(given, batch or 1, real and not any(p.is_meta for p in model.parameters()))
     if rows is None:
-        return model, {"batch": batch, "tokens": tokens}
+        return model, {"batch": batch, "tokens": tokens}, likelihood
     if tokens is not None:
         raise ArgumentError(
             "--tokens is for models without inputs: the task's data, or --input, say how many there are."
         )
-    return model, {"inputs": rows}
+    return model, {"inputs": rows}, likelihood
+
+
+def _code(likelihood: Any) -> str:
+    """``ng.Gaussian(scale=None)``; empty where it does not print as it is written."""
+    text = repr(likelihood)
+    return "" if "<" in text else re.sub(r"\b([A-Z]\w*)\(", r"ng.\1(", text)
 
 
 def _made(reference: str) -> nn.Module | Task:

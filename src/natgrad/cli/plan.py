@@ -19,6 +19,13 @@ from natgrad.errors import ArgumentError
 if TYPE_CHECKING:
     from natgrad.planning import Choice, Plan
 
+_NO_STRUCTURE = 1
+_LEGEND = (
+    "statistics, inverses: renewed every so many steps; of 1/16: from that part of the rows; spread: a share at every "
+    "step. transient: bytes held during a step beyond state, gradients and what autograd holds. × SGD: mean step. "
+    "p99: slowest steps over the median."
+)
+
 
 def plan(
     model: Model,
@@ -31,6 +38,10 @@ def plan(
     max_memory: Annotated[
         str | None, typer.Option(help="Optimizer state: 4GB, 512MiB, or 2x-adam.", metavar="SIZE")
     ] = None,
+    max_p99: Annotated[
+        float | None,
+        typer.Option(help="Slowest steps (99th percentile) over the median step: 1.3 asks for even steps."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; measured and written there if it does not exist.")
     ] = None,
@@ -41,7 +52,8 @@ def plan(
     """Predict memory and step time of every structure, and recommend one with its intervals.
 
     State is exact; times come from operation counts and a profile of this device, which is measured once (3 s) and
-    cached. With --meta a model far larger than this machine's memory is planned.
+    cached. With --meta a model far larger than this machine's memory is planned. Exit code 1: no structure keeps the
+    limits.
     """
     with clear_errors():
         import natgrad.planning
@@ -50,12 +62,16 @@ def plan(
 
         overhead = None if max_overhead is None else share(max_overhead)
         set_threads(threads)
-        made, seen = load_model(model, batch, tokens, given, meta)
-        found = natgrad.planning.plan(made, **seen, max_overhead=overhead, max_memory=max_memory, profile=profile)
+        made, seen, likelihood = load_model(model, batch, tokens, given, meta)
+        found = natgrad.planning.plan(
+            made, **seen, max_overhead=overhead, max_memory=max_memory, max_p99=max_p99, profile=profile
+        )
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
-        _show(model, found)
+        _show(model, found, likelihood)
+    if found.best is None:
+        raise typer.Exit(_NO_STRUCTURE)
 
 
 def share(text: str) -> float:
@@ -70,8 +86,8 @@ def share(text: str) -> float:
     return float(match[1]) / (100 if match[2] else 1)
 
 
-def _show(name: str, found: Plan) -> None:
-    from natgrad.planning.planner import size_text
+def _show(name: str, found: Plan, likelihood: str) -> None:
+    from natgrad.planning.sizes import size_text
 
     console = output()
     tokens = f" × {found.tokens} positions" if found.tokens > 1 else ""
@@ -82,39 +98,56 @@ def _show(name: str, found: Plan) -> None:
         soft_wrap=True,
     )
     console.print()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("structure", style="bold", no_wrap=True)
-    table.add_column("search", no_wrap=True)
-    for column in ("statistics", "inverse", "state", "transient", "step", "× SGD", "worst", "staggered"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+    console.print(_table(found))
+    if found.recommended:
+        console.print("[green]*[/] recommended")
     for choice in found.choices:
-        mark = "[green]recommended[/]" if choice.name == found.recommended else f"[dim]{escape(choice.problem)}[/]"
-        table.add_row(choice.name, *_numbers(choice), mark)
-    console.print(table)
-    console.print()
-    console.print(escape(found.reason), soft_wrap=True)
-    if found.best is not None:
-        console.print(escape(found.best.code), soft_wrap=True)
+        if choice.problem:
+            console.print(f"[dim]{choice.name}: {escape(choice.problem)}[/]", soft_wrap=True)
+    console.print(f"[dim]{_LEGEND}[/]", soft_wrap=True)
     if not found.seen:
         console.print(
             "[dim]Every layer counts batch × tokens rows; products of attention are not counted. --input runs the "
             "model.[/]",
             soft_wrap=True,
         )
+    console.print()
+    console.print(escape(found.reason), soft_wrap=True)
+    used = found.best or found[found.nearest or found.choices[0].name]
+    console.print()
+    console.print(escape(program(used, likelihood)), soft_wrap=True, highlight=False)
+
+
+def _table(found: Plan) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("structure", style="bold", no_wrap=True)
+    table.add_column("search", no_wrap=True)
+    for column in ("statistics", "inverses", "state", "transient", "× SGD", "p99"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for choice in found.choices:
+        mark = " [green]*[/]" if choice.name == found.recommended else ""
+        table.add_row(choice.name + mark, *_numbers(choice), style="dim" if choice.problem else "")
+    return table
 
 
 def _numbers(choice: Choice) -> tuple[str, ...]:
-    from natgrad.planning.planner import size_text
+    from natgrad.planning.choice import SPREAD
+    from natgrad.planning.sizes import size_text
 
     if not math.isfinite(choice.ratio):
-        return ("–",) * 9
-    part = "" if choice.fraction == 1 else f" of 1/{round(1 / choice.fraction)}"
+        return ("–",) * 7
+    part = "" if choice.fraction == 1 else f" of {choice.part}"
+    spread = " spread" if choice.refresh == SPREAD else ""
     return (
-        choice.search, f"{choice.statistics}{part}", str(choice.inverse),
-        size_text(choice.state), size_text(choice.transient), seconds_text(choice.seconds), f"{choice.ratio:.2f}",
-        f"{choice.worst:.2f}", f"{choice.staggered:.2f}",
+        choice.search, f"{choice.statistics}{part}", f"{choice.inverse}{spread}", size_text(choice.state),
+        size_text(choice.transient), f"{choice.ratio:.2f}", f"{choice.p99:.2f}",
     )  # fmt: skip
+
+
+def program(choice: Choice, likelihood: str) -> str:
+    """What to write to use the choice with ``model``; ``likelihood``: its code, or nothing where it is not known."""
+    told = likelihood or "ng.Categorical()  # what the model's output means: or ng.Bernoulli(), ng.Gaussian(), …"
+    return f"import natgrad as ng\n\nlikelihood = {told}\noptimizer = {choice.code}"
 
 
 def seconds_text(seconds: float) -> str:

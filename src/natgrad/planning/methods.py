@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from natgrad.errors import ArgumentError
 from natgrad.metric import BlockDiagonal, Dense, Diagonal, EigenKronecker, Gram, Kronecker, MatrixFree, Structure
@@ -30,6 +30,11 @@ class Method:
     momentum: bool = False
     scheduled: bool = True
     iterations: int = 0
+
+    @property
+    def intervals(self) -> tuple[int, int]:
+        """The preset's own intervals of statistics and inverses."""
+        return (1, 10) if self.scheduled and self.fitted else (1, 1)
 
 
 METHODS: dict[str, Method] = {
@@ -62,10 +67,7 @@ def method_of(structure: Structure | str) -> Method:
         )
     for method in METHODS.values():
         if type(method.structure) is type(structure):
-            return Method(
-                method.name, structure, method.preset, method.fitted, method.momentum, method.scheduled,
-                method.iterations,
-            )  # fmt: skip
+            return replace(method, structure=structure)
     raise ArgumentError(
         f"structure={structure!r} was given; it must be a Structure such as natgrad.Kronecker(), or one of "
         f"{', '.join(METHODS)}."

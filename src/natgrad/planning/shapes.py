@@ -7,7 +7,7 @@ no memory (the ``meta`` device). Layers that are taught to natgrad later are the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,6 +19,8 @@ from natgrad.errors import ArgumentError, UnsupportedError
 from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure, WidthLimits
 from natgrad.metric.widths import REST, SIDES, Side
 from natgrad.network import Block, Cell, EmptyTape, Partition, cells, trainable_parameters
+from natgrad.planning.choice import FIT
+from natgrad.planning.methods import Method
 
 Shapes = Mapping[str, torch.Size]
 Uncovered = Mapping[str, str] | None
@@ -149,6 +151,14 @@ def block_shapes(model: nn.Module, structure: Structure, uncovered: Uncovered = 
         return ()
     values = _moments(model, structure, partition)
     return tuple(_kept(block, values[block.name], structure) for block in partition.blocks)
+
+
+def state_bytes(meta: nn.Module, method: Method, search: str, shapes: Sequence[BlockShapes]) -> int:
+    """Bytes of the optimizer's state after a step: curvature, the step before or the momentum, and counters."""
+    parameters = [p for p in meta.parameters() if p.requires_grad]
+    kept = method.momentum or search == FIT or (method.fitted and method.scheduled)
+    vectors = sum(p.numel() * p.element_size() for p in parameters) if kept else 0
+    return sum(s.bytes for s in shapes) + vectors + 4 * len(parameters)
 
 
 def geometries(model: nn.Module, uncovered: Uncovered = None) -> tuple[Geometry, ...]:
