@@ -86,6 +86,34 @@ def test_plan_of_models_and_tasks():
         assert "recommended" in result.output and "ng." in result.output
 
 
+def test_plan_prints_a_program_with_the_task_s_likelihood():
+    result = run("plan", "diabetes", "--profile", "p.json", "--max-p99", "1.01", "--max-overhead", "10000%")
+    assert result.exit_code == 0, result.output
+    assert "import natgrad as ng\n\nlikelihood = ng.Gaussian(scale=None)\noptimizer = ng." in result.output
+    assert "ng.Categorical()  # what the model's output means" in run(
+        "plan", "cli_models:plain", "--profile", "p.json").output  # fmt: skip
+
+
+def test_limits_that_nobody_keeps_are_named_and_exit_with_code_1():
+    arguments = (
+        "plan",
+        "cli_models:plain",
+        "--batch",
+        "64",
+        "--max-overhead",
+        "0.1%",
+        "--max-memory",
+        "10",
+        "--profile",
+    )
+    result = run(*arguments, "p.json")
+    assert result.exit_code == 1 and "* recommended" not in result.output
+    for text in ("1.001 × SGD's time is kept by none: the least is", "10 B of state is kept by none", "The nearest is"):
+        assert text in result.output
+    data = json.loads(run(*arguments, "--json").output)
+    assert data["recommended"] is None and data["nearest"] in {c["name"] for c in data["choices"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +123,7 @@ def test_plan_of_models_and_tasks():
         (("inspect", "cli_models:plain", "-s", "kfca"), "did you mean 'kfac'"),
         (("inspect", "cli_models:plain", "--input", "3by3"), "is not the shape of an example"),
         (("plan", "cli_models:plain", "--max-overhead", "little"), "is no share"),
+        (("plan", "cli_models:plain", "--max-p99", "0.5"), "max_p99=0.5"),
         (("plan", "cli_models:plain", "--max-memory", "much", "--profile", "p.json"), "max_memory='much'"),
         (("plan", "cli_models:plain", "--profile", "cli_models.py"), "is no device profile"),
     ],

@@ -23,6 +23,7 @@ class Choice:
         statistics, inverse: intervals in steps, as in ``Refresh``.
         refresh: ``"Refresh"``, or ``"Staggered"`` where the renewals of different layers are spread over the interval.
         fraction: part of the rows that statistics are taken of.
+        block: widest square factor, and width of the blocks that wider ones are divided into; 0 as ``WidthLimits()``.
         state: bytes of the optimizer's state: exact.
         transient: bytes held during a step beyond state, gradients and autograd's own: an estimate.
         seconds: of a step on average.
@@ -40,6 +41,7 @@ class Choice:
     inverse: int = 1
     refresh: str = TOGETHER
     fraction: float = 1.0
+    block: int = 0
     state: int = 0
     transient: int = 0
     seconds: float = math.inf
@@ -61,7 +63,8 @@ class Choice:
             return ""
         part = "" if self.fraction == 1.0 else f" from {self.part} of the rows"
         spread = ", spread over the steps" if self.refresh == SPREAD else ""
-        return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}"
+        blocks = f", factors in blocks of at most {self.block}" if self.block else ""
+        return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}{blocks}"
 
     @property
     def part(self) -> str:
@@ -76,8 +79,12 @@ class Choice:
         parts = ["model", "likelihood"]
         if method.fitted and self.search != FIT:
             parts += ["lr=0.1", *(["momentum=0.9"] if method.scheduled else []), "search=ng.KLClip(1e-3)"]
-        if self.fraction != 1.0:
-            parts.append(f"structure=ng.{type(method.structure).__name__}(sampling=ng.Sampling({self.part}))")
+        kept = [
+            *([f"sampling=ng.Sampling({self.part})"] if self.fraction != 1.0 else []),
+            *([f"widths=ng.WidthLimits(full={self.block}, block={self.block})"] if self.block else []),
+        ]
+        if kept:
+            parts.append(f"structure=ng.{type(method.structure).__name__}({', '.join(kept)})")
         if method.scheduled and (self.statistics, self.inverse, self.refresh) != (*method.intervals, TOGETHER):
             parts.append(f"refresh=ng.{self.refresh}({self.statistics}, {self.inverse})")
         return f"ng.{self.preset}({', '.join(parts)})"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Kronecker
+from natgrad.metric import Kronecker, WidthLimits
 from natgrad.planning.choice import CLIP, FIT, RADIUS, SPREAD, TOGETHER, Choice
 from natgrad.planning.limits import Limits, value
 from natgrad.planning.methods import Method
@@ -18,6 +18,7 @@ from natgrad.planning.timing import Timing
 
 _INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 _FRACTIONS = (1.0, 1 / 4, 1 / 16)
+_BLOCKS = (4096, 1024, 256)
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,42 @@ class Found:
 
 def freshest(meta: nn.Module, method: Method, timing: Timing, limits: Limits, uncovered: Mapping[str, str]) -> Found:
     """The schedule of one structure on ``meta``."""
-    try:
-        shapes = block_shapes(meta, method.structure, uncovered)
-    except ArgumentError as error:
-        return Found(Choice(method.name, method.preset, problem=str(error).partition(". ")[0] + "."), {})
     every: list[Choice] = []
-    for search in searches(method):
-        base = Choice(method.name, method.preset, search, state=state_bytes(meta, method, search, shapes))
-        rates = {f: timing.rates(method, shapes, search, f) for f in _fractions(method)}
-        every += [
-            rates[f].at(replace(base, fraction=f), statistics, inverse, refresh)
-            for statistics, inverse, f, refresh in _grid(method)
-        ]
+    for block in (0, *(_blocks(timing) if limits.names and isinstance(method.structure, Kronecker) else ())):
+        blocked = _with_blocks(method, block)
+        try:
+            shapes = block_shapes(meta, blocked.structure, uncovered)
+        except ArgumentError as error:
+            return Found(Choice(method.name, method.preset, problem=str(error).partition(". ")[0] + "."), {})
+        for search in searches(method):
+            state = state_bytes(meta, method, search, shapes)
+            base = Choice(method.name, method.preset, search, block=block, state=state)
+            rates = {f: timing.rates(blocked, shapes, search, f) for f in _fractions(method)}
+            every += [
+                rates[f].at(replace(base, fraction=f), statistics, inverse, refresh)
+                for statistics, inverse, f, refresh in _grid(method)
+            ]
+        if limits.excess(min(every, key=limits.excess)) <= 1:
+            break
     choice = min(every, key=limits.excess)  # of equals the first, which is the freshest
     least = {name: min(value(c, name) for c in every) for name in limits.names}
     return Found(replace(choice, problem=limits.problem(choice)), least)
+
+
+def _blocks(timing: Timing) -> list[int]:
+    """Widths of blocks that some square factor would be divided into, the widest first."""
+    usual = WidthLimits()
+    sides = {n for layer in timing.passes.layers for n in (layer.geometry.inputs, layer.geometry.outputs)}
+    square = [min(n, usual.full) if usual.treatment(n) == "full" else usual.block for n in sides]
+    return [b for b in _BLOCKS if any(n > b for n in square)]
+
+
+def _with_blocks(method: Method, block: int) -> Method:
+    """The method with factors of at most this width; as it is where ``block`` is 0."""
+    if not block:
+        return method
+    assert isinstance(method.structure, Kronecker)
+    return replace(method, structure=replace(method.structure, widths=WidthLimits(full=block, block=block)))
 
 
 def searches(method: Method) -> tuple[str, ...]:

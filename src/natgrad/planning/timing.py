@@ -61,7 +61,7 @@ class Timing:
 
 def renewal_cost(shapes: BlockShapes) -> float:
     """What ``Staggered`` divides blocks by: the cube of each square moment, as the optimizer counts it."""
-    return float(sum(s.numel() * s[-1] for s in shapes.averages.values() if len(s) > 1))
+    return float(sum(s.numel() * (s[-1] if len(s) > 1 and s[-2] > 1 else 1) for s in shapes.averages.values()))
 
 
 @dataclass(frozen=True)
