@@ -10,7 +10,7 @@ acting on the row-major vector of ``[W | b]``, shape ``[out, in + 1]``:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -27,6 +27,26 @@ from natgrad.metric.structure import Means, Structure
 from natgrad.metric.tied import tied_moments
 from natgrad.metric.widths import Side, WidthLimits, factor_of, is_table
 from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, TiedRows, accumulation
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the layers of one pass share: the columns, the picked positions, and the input factors of equal inputs."""
+
+    factor: Factor
+    picks: Picks
+    _inputs: dict[tuple[object, ...], dict[str, Moment]] = field(default_factory=dict)
+
+    def inputs(
+        self, rows: LinearRows, moments: Callable[[LinearRows, Factor, Picks], dict[str, Moment]]
+    ) -> dict[str, Moment]:
+        """``moments`` of the layer's inputs, formed once for layers that read the same memory (query, key, value)."""
+        if not rows.origin:
+            return moments(rows, self.factor, self.picks)
+        key = (rows.a.shape, rows.spans, *rows.origin)
+        if key not in self._inputs:
+            self._inputs[key] = moments(rows, self.factor, self.picks)
+        return self._inputs[key]
 
 
 @dataclass(frozen=True)
@@ -92,21 +112,22 @@ class Kronecker(Structure):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = self._row_chunks(tape, factor, partition, generator)
-        return Moments(self._factor_moments(chunks, factor, self._picks(factor, generator)), factor.normaliser)
+        return Moments(self._factor_moments(chunks, self.common(factor, generator)), factor.normaliser)
 
-    def _picks(self, factor: Factor, generator: torch.Generator | None) -> Picks:
+    def common(self, factor: Factor, generator: torch.Generator | None) -> Common:
+        """What the layers of one pass share, with this structure's picks."""
         # Of examples that stand for others all positions are taken.
-        return (self.sampling if factor.copies == 1.0 else Sampling()).picks(generator)
+        return Common(factor, (self.sampling if factor.copies == 1.0 else Sampling()).picks(generator))
 
     def _factor_moments(
-        self, chunks: Iterable[Mapping[str, Rows | Tensor]], factor: Factor, picks: Picks
+        self, chunks: Iterable[Mapping[str, Rows | Tensor]], common: Common
     ) -> dict[str, dict[str, Moment]]:
         """Moments of every cell, summed over the chunks of columns."""
         values: dict[str, dict[str, Moment]] = {}
         for rows in chunks:
             for name, row in rows.items():
                 kinds = values.setdefault(name, {})
-                for kind, moment in self._moments(row, factor, picks, first="input" not in kinds).items():
+                for kind, moment in self._moments(row, common, first="input" not in kinds).items():
                     kinds[kind] = kinds[kind] + moment if kind in kinds else moment
         return values
 
@@ -123,8 +144,9 @@ class Kronecker(Structure):
                 rows.update({c.name: g.reshape(len(g), -1) for c, g in zip(raw, grads, strict=True) if g is not None})
             yield rows
 
-    def _moments(self, rows: Rows | Tensor, factor: Factor, picks: Picks, first: bool) -> dict[str, Moment]:
+    def _moments(self, rows: Rows | Tensor, common: Common, first: bool) -> dict[str, Moment]:
         """Moments of one cell; ``first`` is false once the inputs, which all columns share, are counted."""
+        factor, picks = common.factor, common.picks
         if isinstance(rows, Tensor):
             return {"diagonal": Moment(accumulation(rows).square().sum(0))}
         if isinstance(rows, TiedRows):
@@ -135,7 +157,7 @@ class Kronecker(Structure):
             groups, out = g.shape[1], g.shape[-1]
             g = picks.scores(g.transpose(0, 1).flatten(2, 3)).reshape(groups, -1, out)
             found = self._side("output", None, g)
-            return found | self._input_moment(rows, factor, picks) if first else found
+            return found | common.inputs(rows, self._input_moment) if first else found
         if isinstance(rows, EmbeddingRows):
             g = rows.g.sum(2, keepdim=True) if self.sharing == "reduce" else rows.g
             g = picks.scores(g.flatten(1, 2)).flatten(0, 1)
@@ -259,10 +281,10 @@ class EigenKronecker(Kronecker):
         bases: Bases | None = None,
     ) -> Moments:
         chunks = list(self._row_chunks(tape, factor, partition, generator))
-        picks = self._picks(factor, generator)
-        values = self._factor_moments(chunks, factor, picks)
+        common = self.common(factor, generator)
+        values = self._factor_moments(chunks, common)
         rows = {
-            name: kept_rows((picks.examples(c[name]) for c in chunks), tape)
+            name: kept_rows((common.picks.examples(c[name]) for c in chunks), tape)
             for name, kinds in values.items()
             if "output" in kinds
         }

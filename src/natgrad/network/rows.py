@@ -115,11 +115,14 @@ class LinearRows(Rows):
         a: inputs ``[groups, N, S, in]`` (with the homogeneous coordinate where there is a bias).
         g: output gradients ``[K, groups, N, S, out]``.
         spans: lengths of the parts of S that stem from different uses of the layer; empty for a single use.
+        origin: equal for rows of one pass whose inputs are equal because their layers read the same memory; empty
+            where nothing is known of that.
     """
 
     a: Tensor
     g: Tensor
     spans: tuple[int, ...] = ()
+    origin: tuple[object, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -164,11 +167,12 @@ class LinearRows(Rows):
 
     def stacked(self, other: Rows) -> Rows:
         if isinstance(other, LinearRows) and other.positions == self.positions:
-            return replace(self, a=torch.cat([self.a, other.a], 1), g=torch.cat([self.g, other.g], 2))
+            return replace(self, a=torch.cat([self.a, other.a], 1), g=torch.cat([self.g, other.g], 2), origin=())
         return DenseRows(torch.cat([self.dense(), other.dense()], 1))
 
     def folded(self, n: int) -> LinearRows:
-        return LinearRows(self.a.unflatten(1, (n, -1)).flatten(2, 3), self.g.unflatten(2, (n, -1)).flatten(3, 4))
+        a, g = self.a.unflatten(1, (n, -1)).flatten(2, 3), self.g.unflatten(2, (n, -1)).flatten(3, 4)
+        return LinearRows(a, g, origin=self.origin)
 
     def apart(self) -> LinearRows:
         """The same rows with every position as an example of its own."""

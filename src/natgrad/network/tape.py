@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,11 @@ class Tape:
         module = self.model.get_submodule(site.module)
         rule = use.rule or rule_for(module)
         assert rule is not None
-        return rule.rows(module, accumulation(use.input), accumulation(g), site.names)
+        rows = rule.rows(module, accumulation(use.input), accumulation(g), site.names)
+        if rule.plain and isinstance(rows, LinearRows):
+            x, parts = use.input, tuple(name.rpartition(".")[2] for name in site.names)
+            return replace(rows, origin=(x.data_ptr(), x.dtype, x.shape, x.stride(), use.version, parts))
+        return rows
 
     def example_rows(self, cell_list: Sequence[Cell], columns: Tensor) -> dict[str, Rows]:
         """Rows of parameters that no layer rule covers: one backward pass per example, batched by vmap."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class ProjectionRule(LinearRule):
         outputs: the outputs that this use reaches, as ``(first, number of all)``, of the fused weight and bias.
         fused: whether the weight is the fused one.
     """
+
+    plain: ClassVar[bool] = False
 
     weight: str
     examples: int

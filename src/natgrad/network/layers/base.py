@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -33,6 +33,9 @@ class Layout:
 
 class LayerRule(ABC):
     """How one kind of module maps inputs and output gradients to Jacobian rows."""
+
+    plain: ClassVar[bool] = False
+    """Whether the inputs of rows follow from what the layer saw and which parameters are trainable alone."""
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:

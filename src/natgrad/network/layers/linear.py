@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from natgrad.errors import ShapeError
@@ -11,6 +13,8 @@ from natgrad.network.rows import LinearRows, Rows, with_ones
 
 class LinearRule(LayerRule):
     """``nn.Linear``: every axis between the first and the last is a shared position."""
+
+    plain: ClassVar[bool] = True
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return ("weight", "bias") if getattr(module, "bias", None) is not None else ("weight",)
