@@ -102,6 +102,29 @@ def test_bytes_of_wide_sides(name, limits, structure):
     assert predicted.state == held(optimizer)
 
 
+STORAGES = {"packed": ng.Packed(least=2), "bfloat16": ng.Packed(torch.bfloat16, least=3)}
+
+
+@pytest.mark.parametrize("structure", [ng.Kronecker, ng.EigenKronecker, ng.Kronecker.reduce])
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d_groups", "embedding_bag", "attention", "tied_embedding", "layer_norm", "raw_parameter"]
+)
+def test_bytes_of_packed_matrices(name, storage, structure):
+    for limits in (ng.WidthLimits(), LIMITS["blocks"]):
+        found = single(name)
+        method = structure(storage=storage, widths=limits)
+        predicted = predict(found.model, method, inputs=found.x, profile=PROFILE)
+        optimizer = PRESETS[predicted.name](found.model, ng.Categorical(), structure=method)
+        stepped(found, optimizer)
+        assert predicted.state == held(optimizer)
+
+
+def test_bytes_of_packed_matrices_by_hand():
+    (kept,) = block_shapes(on_meta(nn.Linear(199, 300)), ng.Kronecker(storage=ng.Packed(torch.bfloat16)))
+    assert kept.bytes == (4 + 2) * (200 * 201 + 300 * 301) // 2 + 2 * 4
+
+
 def test_frozen_and_tied_parameters_are_shared_and_left_out_on_meta():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

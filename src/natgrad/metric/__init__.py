@@ -7,6 +7,7 @@ from natgrad.metric.kronecker import EigenKronecker, Kronecker
 from natgrad.metric.operator import ParameterOperator, check_finite_output, fisher, hessian
 from natgrad.metric.sampling import Sampling, SubBatch
 from natgrad.metric.statistics import Bases, Basis, Moment, Moments, ProductStatistics, RowStatistics, Statistics
+from natgrad.metric.storage import Packed, Unpacked
 from natgrad.metric.structure import BlockDiagonal, Dense, Diagonal, Gram, MatrixFree, Structure, row_chunks
 from natgrad.metric.widths import WidthLimits
 
@@ -31,6 +32,7 @@ __all__ = [
     "Moment",
     "Moments",
     "MonteCarlo",
+    "Packed",
     "ParameterOperator",
     "ProductStatistics",
     "RowStatistics",
@@ -39,6 +41,7 @@ __all__ = [
     "Statistics",
     "Structure",
     "SubBatch",
+    "Unpacked",
     "WidthLimits",
     "check_finite_output",
     "fisher",

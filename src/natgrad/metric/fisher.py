@@ -19,6 +19,7 @@ from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
 from natgrad.metric.kronecker import Kronecker
 from natgrad.metric.sampling import Share, SubBatch
 from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
+from natgrad.metric.storage import Unpacked
 from natgrad.metric.structure import Gram, Structure
 from natgrad.network import (
     Block,
@@ -51,6 +52,11 @@ class Metric(ABC):
     def averaged(self) -> bool:
         """Whether statistics may be averaged over steps."""
         return False
+
+    @property
+    def storage(self) -> Unpacked:
+        """How averages and inverses are kept."""
+        return Unpacked()
 
     @property
     def replayed(self) -> bool:
@@ -207,6 +213,10 @@ class Fisher(Metric):
     @property
     def averaged(self) -> bool:
         return self.structure.averaged
+
+    @property
+    def storage(self) -> Unpacked:
+        return self.structure.storage if isinstance(self.structure, Kronecker) else Unpacked()
 
     @property
     def replayed(self) -> bool:

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
-from natgrad.linalg import DiagonalMatrix, KroneckerEigen, KroneckerProduct, LinearOperator
+from natgrad.linalg import DiagonalMatrix, KroneckerEigen, LinearOperator
+from natgrad.linalg.packed import kronecker_of
 from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_eigenvalues
 from natgrad.metric.estimate import Factor, random_signs
 from natgrad.metric.sampling import Picks, Sampling
 from natgrad.metric.statistics import Bases, Moment, Moments
+from natgrad.metric.storage import Unpacked
 from natgrad.metric.structure import Means, Structure
 from natgrad.metric.tied import tied_moments
-from natgrad.metric.widths import Side, WidthLimits, factor_of, is_table
+from natgrad.metric.widths import SIDES, Side, WidthLimits, is_table, named_side
 from natgrad.network import Block, Cell, EmbeddingRows, LinearRows, Partition, Rows, Tape, TiedRows, accumulation
 
 
@@ -63,6 +65,8 @@ class Kronecker(Structure):
         sampling: the part of the batch that the factors are estimated from. Averages of other parts go on with it, so
             a checkpoint does not ask for the same one.
         widths: what sides too wide for a square factor get.
+        storage: how averaged factors and inverses are kept: ``Unpacked()``, or in half the memory ``Packed()``.
+            Checkpoints of one load into the other.
     """
 
     # K-FAC's usual practice with BatchNorm: what a layer of the coupled batch sees counts as its own.
@@ -71,6 +75,7 @@ class Kronecker(Structure):
     sharing: Literal["expand", "reduce"] = "expand"
     sampling: Sampling = field(default=Sampling(), repr=False)
     widths: WidthLimits = WidthLimits()
+    storage: Unpacked = field(default=Unpacked(), repr=False)
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
@@ -79,6 +84,8 @@ class Kronecker(Structure):
             raise ArgumentError(f"sampling={self.sampling!r} was given; it must be ng.Sampling or ng.SubBatch.")
         if not isinstance(self.widths, WidthLimits):
             raise ArgumentError(f"widths={self.widths!r} was given; it must be ng.WidthLimits(full=…, blocks=…).")
+        if not isinstance(self.storage, Unpacked):
+            raise ArgumentError(f"storage={self.storage!r} was given; it must be ng.Packed() or ng.Unpacked().")
 
     def __repr__(self) -> str:
         """Tells metrics apart in checkpoints; limits that nobody chose are not named."""
@@ -86,14 +93,24 @@ class Kronecker(Structure):
         return f"{self.name}(sharing={self.sharing!r}{widths})"
 
     @classmethod
-    def expand(cls, sampling: Sampling = Sampling(), widths: WidthLimits = WidthLimits()) -> Kronecker:
+    def expand(
+        cls,
+        sampling: Sampling = Sampling(),
+        widths: WidthLimits = WidthLimits(),
+        storage: Unpacked = Unpacked(),
+    ) -> Kronecker:
         """Every shared position is an example of its own."""
-        return cls("expand", sampling, widths)
+        return cls("expand", sampling, widths, storage)
 
     @classmethod
-    def reduce(cls, sampling: Sampling = Sampling(), widths: WidthLimits = WidthLimits()) -> Kronecker:
+    def reduce(
+        cls,
+        sampling: Sampling = Sampling(),
+        widths: WidthLimits = WidthLimits(),
+        storage: Unpacked = Unpacked(),
+    ) -> Kronecker:
         """Shared positions are aggregated before the outer products."""
-        return cls("reduce", sampling, widths)
+        return cls("reduce", sampling, widths, storage)
 
     @property
     def aligned(self) -> bool:
@@ -231,10 +248,10 @@ class Kronecker(Structure):
         return "; ".join(text for text in found if text) if cell.groups == 1 else ""
 
 
-def _product(kinds: Mapping[str, Tensor]) -> KroneckerProduct:
+def _product(kinds: Mapping[str, Tensor]) -> LinearOperator:
     """``G ⊗ A`` of a linear layer, or ``diag(frequencies) ⊗ G`` of an embedding (its table has tokens as rows)."""
-    inputs, outputs = factor_of(kinds, "input"), factor_of(kinds, "output")
-    return KroneckerProduct(inputs, outputs) if is_table(kinds) else KroneckerProduct(outputs, inputs)
+    left, right = SIDES if is_table(kinds) else SIDES[::-1]
+    return kronecker_of({**named_side(kinds, left, "left"), **named_side(kinds, right, "right")})
 
 
 def _position_weights(factor: Factor, n: int, spans: tuple[int, ...]) -> Tensor | None:

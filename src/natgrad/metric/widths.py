@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.errors import ArgumentError
-from natgrad.linalg import BlockStacks, DiagonalMatrix
+from natgrad.linalg import BlockStacks, DiagonalMatrix, found_in
 from natgrad.linalg.products import gram
 
 Treatment = Literal["full", "blocks", "diagonal", "identity"]
@@ -105,16 +105,23 @@ class WidthLimits:
         return f"{side}: {words} ({width} wide; a square factor and its inverse would take {gigabytes:.3g} GB)"
 
 
-def factor_of(kinds: Mapping[str, Tensor], side: Side) -> Tensor | DiagonalMatrix | BlockStacks:
-    """A side as a factor of a Kronecker product, from what is kept of it."""
+def named_side(kinds: Mapping[str, Tensor], side: Side, name: str) -> dict[str, Tensor]:
+    """A side as the tensors of a Kronecker product's factor ``name``, from what is kept of it (folded or not)."""
     t, rest = kinds[side], kinds.get(side + REST)
     if not is_table(kinds):
         if t.dim() == 3:
-            return t[0] if t.shape[0] == 1 else t
+            return {name: t[0] if t.shape[0] == 1 else t}
         t, rest = t[0], None if rest is None else rest[0]
-    if t.dim() == 1:
-        return DiagonalMatrix(t)
-    return t if t.dim() == 2 else BlockStacks((t,) if rest is None else (t, rest))
+    if t.dim() < 3:
+        return {name: t}
+    return {f"{name}_{i}": stack for i, stack in enumerate((t, rest)) if stack is not None}
+
+
+def factor_of(kinds: Mapping[str, Tensor], side: Side) -> Tensor | DiagonalMatrix | BlockStacks:
+    """A side as a factor of a Kronecker product, from what is kept of it."""
+    factor = found_in(named_side(kinds, side, side), side)
+    assert factor is not None
+    return DiagonalMatrix(factor) if isinstance(factor, Tensor) and factor.ndim == 1 else factor
 
 
 def is_table(kinds: Mapping[str, Tensor]) -> bool:

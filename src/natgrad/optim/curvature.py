@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from natgrad.distributed import Replicas, computed_by_owners, owners
 from natgrad.errors import NatgradError, NonFiniteError, NotPositiveDefiniteError
 from natgrad.linalg import MATRICES, IdentityMatrix, Inverse, LinearOperator, Solver, found_in, named_tensors
+from natgrad.linalg.packed import unpacked, width_of
 from natgrad.metric import Bases, Basis, Euclidean, Metric, Moments, Statistics
+from natgrad.metric.storage import whole
 from natgrad.network import BlockVector, Partition
 from natgrad.optim.averages import AVERAGE, WEIGHT, Averages
 from natgrad.optim.stacks import Stacks, inverted_together
@@ -49,6 +51,7 @@ class Curvature:
         replicas: Replicas = Replicas(),
     ) -> None:
         self.metric, self.partition, self.decay, self._replicas = metric, partition, decay, replicas
+        self._storage = metric.storage
         self._slots: dict[str, Any] = {b.name: state[parameters[b.parameters[0]]] for b in partition.blocks}
         self._averages = Averages(self._slots)
         self.operators: dict[str, LinearOperator] = {}
@@ -95,7 +98,7 @@ class Curvature:
         assert isinstance(statistics, Moments)
         for name, basis in statistics.bases.items():
             self._store_basis(name, basis)
-        laid_out = self._averages.update(statistics.means(), self.decay, valid)
+        laid_out = self._averages.update(self._storage.moments(statistics).means(), self.decay, valid)
         if laid_out or statistics.bases or not self.operators:
             self._rebuild()  # otherwise operators see the averages change under them
 
@@ -164,7 +167,7 @@ class Curvature:
 
         def inverse(name: str) -> LinearOperator | NatgradError:
             try:
-                return dampings[name].inverse(self.operators[name], solver)
+                return self._storage.inverse(dampings[name].inverse(unpacked(self.operators[name]), solver))
             except NatgradError as error:
                 return error
 
@@ -185,14 +188,16 @@ class Curvature:
             if found is None:  # an iterative solve cannot be handed on
                 out[name] = inverse(name)
             else:
-                out[name] = found if isinstance(found, NatgradError) else MATRICES[found[0]].from_tensors(found[1])
+                out[name] = found if isinstance(found, NatgradError) else self._storage.restored(*found)
         return out
 
     def _costs(self) -> dict[str, float]:
         """Cost of decomposing each block, in multiplications up to a constant: the cube of each square moment."""
 
         def cost(t: Tensor) -> int:
-            return t.numel() * t.shape[-1] if t.dim() > 1 and t.shape[-2] > 1 else t.numel()
+            if t.dim() < 2 or t.shape[-2] == 1:
+                return t.numel()
+            return t.numel() * t.shape[-1] * (1 if width_of(t.shape) is None else 4)
 
         costs = dict.fromkeys(self.operators, 0.0)
         for name, kinds in self._averages.means().items():
@@ -210,7 +215,7 @@ class Curvature:
         means, costs = self._averages.means(), self._costs()
 
         def renewed(name: str) -> tuple[Basis, Tensor]:
-            kinds, bases = self.metric.renewed_bases({name: means[name]}, {name: old[name]})
+            kinds, bases = self.metric.renewed_bases({name: whole(means[name])}, {name: old[name]})
             return bases[name], kinds[name]["eigenvalues"]
 
         for name, found in computed_by_owners(self._replicas, {n: costs[n] for n in old}, renewed).items():
@@ -239,6 +244,8 @@ class Curvature:
         """Operators and inverses from the state of a checkpoint; nothing where there is none."""
         if not self.metric.averaged or not self._averages.means():
             return
+        for name, kinds in self._averages.means().items():
+            self._slots[name].update({AVERAGE + kind: self._storage.average(kind, t) for kind, t in kinds.items()})
         self._rebuild()
         for name, slot in self._slots.items():
             found: dict[str, dict[str, Tensor]] = {}
@@ -247,7 +254,8 @@ class Curvature:
                     kind, _, part = key[len(_INVERSE) :].partition(".")
                     found.setdefault(kind, {})[part] = tensor
             for kind, tensors in found.items():
-                self.inverses[name] = MATRICES[kind].from_tensors(tensors)
+                self.inverses[name] = self._storage.restored(kind, tensors)
+                self._store_inverse(name, self.inverses[name])
 
 
 def _matrix(inverse: LinearOperator) -> LinearOperator:

@@ -151,6 +151,9 @@ def block_application(shapes: BlockShapes) -> Work:
         for count, n in shapes.squares(side)
     ]
     entries = shapes.width("input") * shapes.width("output") * shapes.groups
+    if not shapes.bases:  # what is kept folded is unfolded: read, written, and one half mirrored
+        folded = [s for s in shapes.inverse if shapes.storage.shape(s) != s]
+        work += [memory(s.numel(), 3, itemsize=size) for s in folded]
     return (*work, memory(entries, 3, itemsize=size))
 
 
@@ -234,7 +237,7 @@ def _transient_moments(
         seen += min(_CHUNK, max(layer.examples * layer.geometry.cell.size for layer in passes.layers) * item)
     if isinstance(structure, Dense):
         seen += passes.layers[0].examples * size * item * 2
-    inverses = sum(shape.numel() for s in shapes for shape in (*s.inverse, *s.bases)) * item
+    inverses = sum(s.inverse_bytes + sum(shape.numel() for shape in s.bases) * item for s in shapes)
     return int(max(seen + moments, 2 * moments + 2 * largest, inverses + 2 * largest) + 4 * size * item)
 
 

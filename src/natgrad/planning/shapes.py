@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from natgrad.errors import ArgumentError, UnsupportedError
-from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure, WidthLimits
+from natgrad.metric import Dense, EigenKronecker, Factor, Kronecker, Moments, Structure, Unpacked, WidthLimits
 from natgrad.metric.widths import REST, SIDES, Side
 from natgrad.network import Block, Cell, EmptyTape, Partition, cells, trainable_parameters
 from natgrad.planning.choice import FIT
@@ -38,7 +38,8 @@ class BlockShapes:
             ``"matrix"``; blocks of wide sides have what is left over as ``"input_rest"`` and ``"output_rest"``).
         bases: shapes of the eigenbases.
         inverse: shapes of the tensors of the inverse that are not bases.
-        dtype: of all of them.
+        dtype: of all of them as they are computed.
+        storage: how factors and inverses are kept.
     """
 
     block: Block
@@ -46,6 +47,7 @@ class BlockShapes:
     bases: tuple[torch.Size, ...]
     inverse: tuple[torch.Size, ...]
     dtype: torch.dtype
+    storage: Unpacked = Unpacked()
 
     @property
     def table(self) -> bool:
@@ -80,8 +82,15 @@ class BlockShapes:
     @property
     def bytes(self) -> int:
         """Bytes of averages, of their weights (one number each), of bases and of the inverse."""
-        kept = (*self.averages.values(), *self.bases, *self.inverse)
-        return (sum(shape.numel() for shape in kept) + len(self.averages)) * self.dtype.itemsize
+        kept = (*map(self.storage.shape, self.averages.values()), *self.bases)
+        numbers = sum(shape.numel() for shape in kept) + len(self.averages)
+        return numbers * self.dtype.itemsize + self.inverse_bytes
+
+    @property
+    def inverse_bytes(self) -> int:
+        """Bytes of the inverse without its bases."""
+        dtypes = (self.storage.inverse_dtype(shape, self.dtype) for shape in self.inverse)
+        return sum(self.storage.shape(s).numel() * d.itemsize for s, d in zip(self.inverse, dtypes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,8 @@ def _kept(block: Block, moments: dict[str, Tensor], structure: Structure) -> Blo
         raise UnsupportedError(
             f"{structure.name} keeps {sorted(averages)} of block {block.name!r}, which cannot be predicted."
         )
-    kept = BlockShapes(block, averages, (), tuple(averages.values()), dtype)
+    assert isinstance(structure, Kronecker)
+    kept = BlockShapes(block, averages, (), tuple(averages.values()), dtype, structure.storage)
     if not isinstance(structure, EigenKronecker):
         return kept
     values = torch.Size((block.size,))  # as many as there are parameters
@@ -209,4 +219,4 @@ def _kept(block: Block, moments: dict[str, Tensor], structure: Structure) -> Blo
     diagonal = [side for side in SIDES if kept.diagonal(side)]
     bases = tuple(shape for kind, shape in averages.items() if kind not in diagonal)
     # The inverse has the bases of the averages, and eigenvalues of its own.
-    return BlockShapes(block, {**averages, "eigenvalues": values}, bases, (values,), dtype)
+    return replace(kept, averages={**averages, "eigenvalues": values}, bases=bases, inverse=(values,))
