@@ -24,6 +24,15 @@ TRUST = {"search": ng.TrustRegion(1e-2), "lr": 2.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "kfac": {"metric": EXACT_KFAC, "damping": ng.FactoredTikhonov(1e-2), "momentum": 0.5},
     "ekfac": {"metric": ng.Fisher(ng.Exact(), ng.EigenKronecker()), "damping": 1e-2, "refresh": ng.Refresh(1, 2)},
+    "kfac, packed": {
+        "metric": ng.Fisher(ng.Exact(), ng.Kronecker(storage=ng.Packed(least=2))),
+        "damping": ng.FactoredTikhonov(1e-2),
+    },
+    "ekfac, packed": {
+        "metric": ng.Fisher(ng.Exact(), ng.EigenKronecker(storage=ng.Packed(least=2))),
+        "damping": 1e-2,
+        "refresh": ng.Refresh(1, 2),
+    },
     "dense": {"metric": ng.Fisher(ng.Exact(), ng.Dense()), "damping": 1e-2},
     "diagonal": {"metric": ng.Fisher(ng.Exact(), ng.Diagonal()), "damping": 1e-2},
     "empirical": {"metric": ng.Fisher(ng.Empirical(), ng.BlockDiagonal()), "damping": 1e-2},

@@ -175,6 +175,21 @@ def test_distributed_checkpoint(stepped, preset, storage, tmp_path):
     assert torch.equal(flat(found.model), flat(again.model))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_refuses_the_other_storage(tmp_path):
+    """It loads into the tensors that are there, and says that their sizes differ."""
+    found, again = case("mlp"), case("mlp", seed=7)
+    optimizer, resumed = optimizer_of(found.model, "plain"), optimizer_of(again.model, "packed")
+    train(found, optimizer, 0, 2)
+    train(again, resumed, 0, 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(found.model, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    before = factors(resumed)
+    with pytest.raises(dcp.api.CheckpointException, match=r"(?i)size"):
+        empty = {"optimizer": get_optimizer_state_dict(again.model, resumed)}
+        dcp.load(empty, checkpoint_id=tmp_path, no_dist=True)
+    assert all(torch.equal(t, before[place]) for place, t in factors(resumed).items())
+
+
 def test_the_error_of_bfloat16_inverses_has_its_bound():
     """|L' ⊗ R' − L ⊗ R| ≤ ((1 + u)² − 1) |L| ⊗ |R| entry by entry, u = 2⁻⁸, of the inverse that is in use."""
     found = {}
