@@ -43,6 +43,7 @@ from natgrad.optim import (
     EKFAC,
     KFAC,
     NGD,
+    AdaptiveKFAC,
     BlockNGD,
     DiagonalNGD,
     GaussNewton,
@@ -51,6 +52,7 @@ from natgrad.optim import (
     NaturalGradient,
     Newton,
     TrustRegionNGD,
+    iterate_average,
     natural_gradient,
 )
 from natgrad.planning import inspect, plan
@@ -72,6 +74,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "NGD",
+    "AdaptiveKFAC",
     "Armijo",
     "Bernoulli",
     "BlockDiagonal",
@@ -125,6 +128,7 @@ __all__ = [
     "fisher",
     "hessian",
     "inspect",
+    "iterate_average",
     "linalg",
     "load",
     "natural_gradient",

@@ -26,6 +26,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "kfac": (ng.KFAC, {}, {}),
     "kfac_exact": (ng.KFAC, {"estimate": ng.Exact(), "structure": ng.Kronecker.reduce()}, {}),
     "kfac_empirical": (ng.KFAC, {"estimate": ng.Empirical()}, {"observe": True}),
+    "adaptive_kfac": (  # on whole batches: parts that are picked at random do not accumulate to those of the whole
+        ng.AdaptiveKFAC,
+        {"structure": ng.Kronecker(), "search": ng.QuadraticFit()},
+        {"observe": True},
+    ),
     "ekfac": (ng.EKFAC, {}, {"sampled": True}),
     "ekfac_exact": (ng.EKFAC, {"estimate": ng.Exact()}, {}),
     "gram": (ng.GramNGD, {}, {}),

@@ -82,10 +82,22 @@ def test_task_from_files(tmp_path, name, suffix, dot):
     validate(task)
 
 
-def test_missing_files_say_where_they_come_from(tmp_path):
+def test_the_autoencoder_of_fashion_mnist(tmp_path):
+    made = write_family(tmp_path, "")
+    task = load_task("fashion-mnist-autoencoder", tmp_path)
+    assert torch.equal(task.train[0], made["train", "images"].float().flatten(1) / 255)
+    assert task.train[1] is task.train[0] and task.test_rows == 12
+    widths = [m.in_features for m in task.model(0) if hasattr(m, "in_features")]
+    assert widths == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    validate(task)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-autoencoder"])
+def test_missing_files_say_where_they_come_from(tmp_path, name):
+    wanted = r"(?s)Fashion-MNIST.*dataset-fashion-mnist.*train-images-idx3-ubyte.*--data DIR"
     for data in (None, tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ArgumentError, match=r"(?s)Fashion-MNIST.*train-images-idx3-ubyte.*--data DIR"):
-            load_task("fashion-mnist", data)
+        with pytest.raises(ArgumentError, match=wanted):
+            load_task(name, data)
 
 
 def test_images_and_labels_must_agree(tmp_path):

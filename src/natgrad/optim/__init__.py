@@ -1,5 +1,6 @@
 """The optimizer and its presets."""
 
+from natgrad.optim.averaging import iterate_average
 from natgrad.optim.examination import CoverageRow
 from natgrad.optim.functional import natural_gradient
 from natgrad.optim.optimizer import NaturalGradient
@@ -7,6 +8,7 @@ from natgrad.optim.presets import (
     EKFAC,
     KFAC,
     NGD,
+    AdaptiveKFAC,
     BlockNGD,
     DiagonalNGD,
     GaussNewton,
@@ -20,6 +22,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "NGD",
+    "AdaptiveKFAC",
     "BlockNGD",
     "CoverageRow",
     "DiagonalNGD",
@@ -29,5 +32,6 @@ __all__ = [
     "NaturalGradient",
     "Newton",
     "TrustRegionNGD",
+    "iterate_average",
     "natural_gradient",
 ]

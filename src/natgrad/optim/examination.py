@@ -130,9 +130,9 @@ class Examination:
         self.unreached, self.alone, self.again = unreached, alone, False
         return True
 
-    def divide(self, metric: Metric, observed: Pass, tape: Tape) -> None:
-        """Learn how batches are divided, where the metric asks for it and it is not known yet."""
-        if metric.sub_batch is not None and self.division is None:
+    def divide(self, observed: Pass, tape: Tape) -> None:
+        """Learn how batches are divided, where it is not known yet."""
+        if self.division is None:
             self.division = division_of(observed, tape)
 
     @property

@@ -16,7 +16,7 @@ from natgrad.errors import ArgumentError, ConvergenceError, NonFiniteError, NotO
 from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import LinearOperator, Solver
-from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Statistics
+from natgrad.metric import Bases, Euclidean, Fisher, Hessian, Metric, Moments, Sampling, Statistics
 from natgrad.metric.running import Refresh, Staggered
 from natgrad.metric.sampling import Share
 from natgrad.network import BlockVector, Partition, Pass, Tape, fresh_casts, full_precision, trainable_parameters
@@ -54,7 +54,7 @@ from natgrad.optim.observer import Observation, Observer, unwrapped
 from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
 from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
-from natgrad.step import Damping, LearningRate, LocalModel, QuadraticFit, Search, Step, as_damping
+from natgrad.step import Damping, LearningRate, LevenbergMarquardt, LocalModel, QuadraticFit, Search, Step, as_damping
 from natgrad.step.local import explained, joined, rejected
 
 Parameters = nn.Module | Iterable[Any]
@@ -291,7 +291,8 @@ class NaturalGradient(torch.optim.Optimizer):
             known = None if self._curvature is None else self._curvature.partition
             if self._examination.examine(self._metric, self._likelihood, tape, self._generator, known):
                 self._reseed()  # so that the labels are those of a step without an examination
-            self._examination.divide(self._metric, observed, tape)
+            if self._metric.sub_batch is not None or self._fit_fraction < 1.0:
+                self._examination.divide(observed, tape)
         return True
 
     def _part(self, observation: Observation, output: Tensor) -> tuple[Pass, Share] | tuple[None, None]:
@@ -591,6 +592,23 @@ class NaturalGradient(torch.optim.Optimizer):
         """Whether the search fits the momentum of every step, and so needs the step before."""
         return isinstance(self._search, QuadraticFit)
 
+    @property
+    def _fit_fraction(self) -> float:
+        """Of a batch's examples, those on which a fit takes the exact curvature."""
+        return self._search.fraction if isinstance(self._search, QuadraticFit) else 1.0
+
+    def _fit_part(self, observation: Observation) -> tuple[Pass, Tensor] | None:
+        """The examples on which a fit takes the exact curvature, and their indices; None for all."""
+        division, output = self._examination.division, observation.output
+        if self._fit_fraction == 1.0 or division is None or division.whole or output is None:
+            return None
+        # A stream of its own: the labels' stands elsewhere after a step without statistics than in a resumed run.
+        words = np.random.SeedSequence((self._seed, self._steps, self._replicas.rank, 1)).generate_state(1)
+        generator = torch.Generator(device=self._device).manual_seed(int(words[0]))
+        index = Sampling(self._fit_fraction).picks(generator).of(len(output), self._device)
+        part = None if index is None else division.part(observation.observed, len(output), index)
+        return None if part is None or index is None else (part, index)
+
     def _needs_probe(self) -> bool:
         return self._search.needs_probe or self._damping.needs_loss
 
@@ -615,7 +633,7 @@ class NaturalGradient(torch.optim.Optimizer):
             sign = -1.0 if common(self.param_groups, "maximize", "the loss is measured.") else 1.0
             probe = ModelProbe(
                 self._network, partition, self._likelihood, observations, evaluation.again, evaluation.random, decay,
-                sign, self._replicas,
+                sign, self._replicas, self._fit_part,
             )  # fmt: skip
             known = evaluation.again is not None
             loss = probe.averaged(evaluation.loss) + probe.penalty() if known else probe.loss()
@@ -650,7 +668,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if step.delta is not None:
             momentum.keep(averaged, all_finite(averaged))  # a rejected step leaves no trace in it
         if self._damping.needs_loss:
-            if step.delta is not None and step.loss_change_measured is None and probe is not None:
+            due = not isinstance(self._damping, LevenbergMarquardt) or self._damping.due
+            if due and step.delta is not None and step.loss_change_measured is None and probe is not None:
                 step = step.measured(probe(step.delta), loss if isinstance(loss, Tensor) else None)
             if bool(all_finite(gradients)):  # a poisoned batch says nothing about λ
                 self._adapt_damping(step)
@@ -699,7 +718,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def coverage(self) -> list[CoverageRow]:
         """How every trainable parameter is treated, and why; before the first observed pass: as far as types tell."""
-        return coverage_rows(self._metric, self._partition(), self._examination.undivided)
+        return coverage_rows(
+            self._metric, self._partition(), "" if self._metric.sub_batch is None else self._examination.undivided
+        )
 
     @property
     def last(self) -> Step | None:

@@ -22,6 +22,7 @@ from natgrad.metric import (
     MatrixFree,
     MonteCarlo,
     Structure,
+    SubBatch,
 )
 from natgrad.metric.running import Refresh
 from natgrad.optim.optimizer import NaturalGradient
@@ -157,6 +158,45 @@ class KFAC(NaturalGradient):
             model, likelihood, lr=lr, damping=damping, momentum=momentum, weight_decay=weight_decay,
             metric=Fisher(estimate, structure), search=search, average=average, refresh=refresh,
             seed=seed, maximize=maximize,
+        )  # fmt: skip
+
+
+class AdaptiveKFAC(NaturalGradient):
+    """K-FAC whose rate, momentum and damping follow from the loss itself (Martens & Grosse 2015, §6.4–§7).
+
+    Rate and momentum of every step minimise the quadratic model with the exact Fisher matrix (``QuadraticFit``, here on
+    a quarter of the batch), without a radius: nothing depends on how many outputs the nats of an example come from.
+    Levenberg–Marquardt damping judges every fifth step by the change of the loss. Factors are estimated on an eighth
+    of the batch, and renewed at every step of the burn-in.
+
+    Made for large batches (hundreds of examples or more). The loss is measured: use a closure, or call
+    ``observe(output, target)`` before ``backward()``. :func:`natgrad.iterate_average` averages away what gradient noise
+    leaves in the last iterates.
+
+    See :class:`KFAC` and :class:`NaturalGradient` for the arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float | Tensor = 1.0,
+        damping: float | Damping = LevenbergMarquardt(
+            FactoredTikhonov(1e-2), factor=(20 / 19) ** 5, every=5, minimum=1e-3
+        ),
+        weight_decay: float = 0.0,
+        estimate: Estimate = MonteCarlo(),
+        structure: Structure = Kronecker(sampling=SubBatch(1 / 8)),
+        search: Search = QuadraticFit(fraction=1 / 4),
+        average: float = 0.95,
+        refresh: Refresh = Refresh(1, 10, burn_in=3),
+        seed: int = 0,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            model, likelihood, lr=lr, damping=damping, weight_decay=weight_decay, metric=Fisher(estimate, structure),
+            search=search, average=average, refresh=refresh, seed=seed, maximize=maximize,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.distributed import Replicas
 from natgrad.likelihood import Likelihood
+from natgrad.likelihood.base import Target
 from natgrad.network import BlockVector, Linearization, Partition, Pass, RandomState, trainable_parameters
 from natgrad.network.replay import random_state
 from natgrad.optim.observer import Observation
@@ -35,6 +36,8 @@ class ModelProbe:
         decay: weight decay w of parameters; the loss then includes ½ w ‖θ‖².
         sign: −1 where the loss is maximised: it is then the negative loss that is measured.
         replicas: the processes whose parts of the batch are measured together.
+        part: the examples of a pass on which curvature is taken, as a pass of their own, and their indices ``[m]``;
+            None for all of them.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class ModelProbe:
     decay: Mapping[str, float] = field(default_factory=dict)
     sign: float = 1.0
     replicas: Replicas = Replicas()
+    part: Callable[[Observation], tuple[Pass, Tensor] | None] = lambda observation: None
 
     @torch.no_grad()
     def __call__(self, delta: BlockVector) -> Trial:
@@ -94,16 +98,21 @@ class ModelProbe:
         total: Tensor | float = 0.0
         named = [self.partition.unpack(delta) for delta in deltas]
         for observation in self.observations:
+            part = self.part(observation)
+            observed, index = (observation.observed, None) if part is None else part
             with _FORWARD_MODE:
-                f, pushed = _push(observation.observed, named)
-            weights = self._weights(observation)
-            total = total + (f[..., 0].numel() if weights is None else weights.sum())
+                f, pushed = _push(observed, named)
+            target = _picked(observation.target, index)
+            weights = None if target is None else self.likelihood.weights(f, target)
+            # Examples of a part stand for those of the whole, so that unequal parts weigh as their batches do.
+            copies = 1.0 if index is None else len(observation.output) / len(index)  # type: ignore[arg-type]
+            total = total + copies * (f[..., 0].numel() if weights is None else weights.sum())
             factors = None
-            if observation.target is not None:
-                factors = self.likelihood.curvature_weights(f, observation.target)
+            if target is not None:
+                factors = self.likelihood.curvature_weights(f, target)
             products = [self.likelihood.unweighted.fisher_matvec(f, u) for u in pushed]
             entries = [self._sum((u * p).sum(-1), factors) for u in pushed for p in products]
-            gram = gram + torch.stack(entries).reshape(len(pushed), len(pushed))
+            gram = gram + copies * torch.stack(entries).reshape(len(pushed), len(pushed))
         gram, total = self._summed(gram, total)
         return gram / total
 
@@ -153,6 +162,15 @@ class ModelProbe:
         total: Any = old[..., 0].numel() if weights is None else weights.sum()
         kl, total = self._summed(self._sum(self.likelihood.kl(old, output), weights), total)
         return Trial(kl / total, self.averaged(loss.detach()) + self.penalty(moved))
+
+
+def _picked(target: Target | None, index: Tensor | None) -> Target | None:
+    """The labels (and weights) of the examples ``index``; of all where it is None."""
+    if target is None or index is None:
+        return target
+    if isinstance(target, Tensor):
+        return target.index_select(0, index.to(target.device))
+    return tuple(t.index_select(0, index.to(t.device)) for t in target)  # type: ignore[return-value]
 
 
 def _push(observed: Pass, vectors: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:

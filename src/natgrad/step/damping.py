@@ -165,9 +165,10 @@ class LevenbergMarquardt:
         damping: the rule whose value is adapted, with its first value; a number λ stands for Constant(λ).
         lower, upper: the thresholds of ρ, 0 < lower < upper.
         factor: above 1.
-        every: how many measured steps make one judgement, by the last of them. A failed step counts at once.
+        every: how many steps make one judgement, by the last of them; the optimizer measures no other, unless its
+            search does. A failed step counts at once.
         minimum, maximum: λ stays within them.
-        count: measured steps since the last judgement; state, not a setting.
+        count: steps since the last judgement; state, not a setting.
 
     Raises:
         ArgumentError: an argument out of its range, or a first value outside [minimum, maximum].
@@ -232,7 +233,8 @@ class LevenbergMarquardt:
         """λ times ``factor``, divided by it, or as it is. Waits for the device when it judges."""
         failed = _failed(step)
         if failed is None:
-            return self
+            unmeasured = step.delta is not None and step.loss_change_measured is None
+            return replace(self, count=self.count + 1) if unmeasured and not self.due else self
         if not failed and not self.due:
             return replace(self, count=self.count + 1)
         ratio = math.nan if failed or step.ratio is None else float(step.ratio)
@@ -244,7 +246,7 @@ class LevenbergMarquardt:
         return self.restored({"value": value, "count": 0})
 
     def state(self) -> dict[str, float]:
-        """{"value": λ, "count": measured steps since the last judgement}."""
+        """{"value": λ, "count": steps since the last judgement}."""
         return {"value": self.value, "count": float(self.count)}
 
     def restored(self, state: Mapping[str, float]) -> LevenbergMarquardt:

@@ -29,19 +29,26 @@ class QuadraticFit:
     Args:
         max_kl: where given, the step is shortened to the radius that the exact F predicts, and ``lr = math.inf``
             lengthens it to that radius. Predicted, not measured: TrustRegion is the hard bound.
+        fraction: of the batch's examples, picked at random, on which the exact F is taken, in (0, 1]: two numbers need
+            fewer examples than the gradient (Martens & Grosse 2015, §8 take a quarter). The slope is that of the whole
+            batch. A model that couples the examples of a batch (BatchNorm in training mode) is always run on all.
 
     Raises:
-        ArgumentError: max_kl not above 0, no probe, or a lr that is NaN, negative, or infinite without max_kl.
+        ArgumentError: max_kl not above 0, a fraction out of range, no probe, or a lr that is NaN, negative, or infinite
+            without max_kl.
     """
 
     needs_probe: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = False
 
     max_kl: float | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_kl is not None:
             _checks.positive("QuadraticFit", "max_kl", self.max_kl)
+        if self.fraction != 1.0:
+            _checks.fraction("QuadraticFit", "fraction", self.fraction)
 
     def __call__(
         self, local: LocalModel, direction: BlockVector, lr: float | Tensor, probe: Probe | None = None

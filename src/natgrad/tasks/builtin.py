@@ -153,6 +153,23 @@ def fashion_mnist(data: Path | None) -> Task:
     return _mnist_family("fashion-mnist", "Fashion-MNIST: pictures of clothing", data)
 
 
+def fashion_mnist_autoencoder(data: Path | None) -> Task:
+    """Autoencoder 784-1000-500-250-30 of Fashion-MNIST from IDX files in --data DIR, Bernoulli pixels."""
+    tensors = idx.read_mnist_family("fashion-mnist", data)
+    train, test = (tensors[f"{key}_images"].float().flatten(1) / 255 for key in ("train", "test"))
+    return Task(
+        "fashion-mnist-autoencoder",
+        f"Fashion-MNIST, {len(train)} pictures of clothing compressed to 30 numbers, from IDX files: the tanh "
+        "autoencoder 784-1000-500-250-30, mirrored, with a linear code, on pixels in [0, 1] as independent Bernoulli means.",
+        models.seeded(lambda: models.autoencoder([784, 1000, 500, 250, 30])),
+        Bernoulli(),
+        (train, train),
+        (test, test),
+        batch_size=1000,
+        metric=metrics.RECONSTRUCTION,
+    )
+
+
 def _mnist_family(name: str, title: str, data: Path | None) -> Task:
     tensors = idx.read_mnist_family(name, data)
     sets = {}
@@ -182,9 +199,10 @@ BUILTIN: dict[str, Callable[..., Task]] = {
     "curves-autoencoder": curves_autoencoder,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
+    "fashion-mnist-autoencoder": fashion_mnist_autoencoder,
 }
 """Name -> function that builds the task; its docstring is a summary. NEEDS_DATA are those that take a folder."""
-NEEDS_DATA = frozenset({"mnist", "fashion-mnist"})
+NEEDS_DATA = frozenset({"mnist", "fashion-mnist", "fashion-mnist-autoencoder"})
 
 
 def _sklearn(loader: str) -> tuple[Any, Any]:

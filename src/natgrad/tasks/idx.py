@@ -56,7 +56,7 @@ def read_mnist_family(name: str, folder: str | Path | None) -> dict[str, Tensor]
     """
     source = {
         "mnist": "the MNIST database of handwritten digits (LeCun, Cortes, Burges)",
-        "fashion-mnist": "the Fashion-MNIST data set (Zalando Research)",
+        "fashion-mnist": "the Fashion-MNIST data set (Zalando Research; Debian's package dataset-fashion-mnist)",
     }[name]
     wanted = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
     hint = (

@@ -208,6 +208,7 @@ _PRESETS = {
     "diagonal": ("DiagonalNGD", "max_kl", "diagonal of the Fisher"),
     "block": ("BlockNGD", "max_kl", "one dense Fisher block per layer"),
     "kfac": ("KFAC", "max_kl", "Kronecker-factored Fisher"),
+    "adaptive-kfac": ("AdaptiveKFAC", "lr", "K-FAC with rate, momentum and damping from the quadratic model"),
     "ekfac": ("EKFAC", "max_kl", "Kronecker eigenbasis with corrected eigenvalues"),
     "gram": ("GramNGD", "max_kl", "exact damped Fisher of the batch, solved in example space"),
     "hessian-free": ("HessianFree", "lr", "matrix-free Fisher and conjugate gradients"),
