@@ -160,7 +160,8 @@ def fashion_mnist_autoencoder(data: Path | None) -> Task:
     return Task(
         "fashion-mnist-autoencoder",
         f"Fashion-MNIST, {len(train)} pictures of clothing compressed to 30 numbers, from IDX files: the tanh "
-        "autoencoder 784-1000-500-250-30, mirrored, with a linear code, on pixels in [0, 1] as independent Bernoulli means.",
+        "autoencoder 784-1000-500-250-30, mirrored, with a linear code, on pixels in [0, 1] as independent Bernoulli "
+        "means.",
         models.seeded(lambda: models.autoencoder([784, 1000, 500, 250, 30])),
         Bernoulli(),
         (train, train),
