@@ -83,7 +83,9 @@ def outcomes(targets: list[Target], actions: list[Action], plan: Plan, seed: int
     return found
 
 
-def _kfac(workload: Workload, name: str, preset: type, structure: object) -> tuple[list[Action], Callable[..., float]]:
+def _kfac(
+    workload: Workload, name: str, preset: Callable[..., ng.NaturalGradient], structure: object, loop: c.Loop = "plain"
+) -> tuple[list[Action], Callable[..., float]]:
     """Steps of each kind, and seconds per step under ``Refresh(statistics, inverse)``."""
     schedule = c.Schedule()
     step = c.training(
@@ -92,6 +94,7 @@ def _kfac(workload: Workload, name: str, preset: type, structure: object) -> tup
             m, workload.likelihood, lr=1e-3, search=ng.LearningRate(predict=False), structure=structure,
             refresh=schedule,
         ),
+        loop,
     )  # fmt: skip
 
     def kind(with_statistics: bool, with_inverse: bool) -> Callable[[], None]:
@@ -113,11 +116,16 @@ def _kfac(workload: Workload, name: str, preset: type, structure: object) -> tup
     return actions, seconds
 
 
+def _empirical_kfac(*args: object, **kwargs: object) -> ng.KFAC:
+    return ng.KFAC(*args, estimate=ng.Empirical(), **kwargs)  # type: ignore[arg-type]
+
+
 def autoencoder_targets(quick: bool) -> tuple[list[Target], list[Action]]:
     """1, 3, 5: the autoencoder at batch 1000."""
     workload = autoencoder(width=2, batch=250) if quick else autoencoder()
     kfac, per_step = _kfac(workload, "kfac", ng.KFAC, ng.Kronecker(sampling=ng.Sampling(_W1)))
     part, per_part = _kfac(workload, "part", ng.KFAC, ng.Kronecker(sampling=ng.SubBatch(_W1)))
+    loss, per_loss = _kfac(workload, "loss", _empirical_kfac, ng.Kronecker(), "labels")
     whole, per_whole = _kfac(workload, "whole", ng.KFAC, ng.Kronecker())
     model = workload.model()
     operator = ng.fisher(model, workload.likelihood, workload.x, structure=ng.MatrixFree())
@@ -127,13 +135,14 @@ def autoencoder_targets(quick: bool) -> tuple[list[Target], list[Action]]:
     sampled = c.statistics_alone(workload, ng.Kronecker(sampling=ng.Sampling(_W1)))
     part_alone = c.part_statistics(workload, ng.SubBatch(_W1))
     actions = [
-        *c.torch_contenders(workload).actions, *kfac, *part, *whole, *c.operations(workload).actions,
+        *c.torch_contenders(workload).actions, *kfac, *part, *loss, *whole, *c.operations(workload).actions,
         Action("sampled statistics", sampled), Action("part statistics", part_alone), cg,
     ]  # fmt: skip
     return [
         Target(1, "K-FAC, factors of a quarter at every step, inverses every 10th / SGD (W1)", 2.3,
                lambda s: per_step(s, 1, 10) / s[c.SGD]),
         Target(1, "… with a quarter of the examples, run by themselves", 2.3, lambda s: per_part(s, 1, 10) / s[c.SGD]),
+        Target(1, "… of the whole batch, by the empirical estimate", 2.3, lambda s: per_loss(s, 1, 10) / s[c.SGD]),
         Target(1, "… with factors of the whole batch", 2.3, lambda s: per_whole(s, 1, 10) / s[c.SGD]),
         Target(1, "K-FAC (10, 10) / SGD (W1)", 1.75, lambda s: per_step(s, 10, 10) / s[c.SGD]),
         Target(1, "… with factors of the whole batch", 1.75, lambda s: per_whole(s, 10, 10) / s[c.SGD]),
@@ -141,6 +150,8 @@ def autoencoder_targets(quick: bool) -> tuple[list[Target], list[Action]]:
                lambda s: s["sampled statistics"] / s[c.GRADIENT]),
         Target(3, "… of a quarter of the examples, run by themselves", 0.6,
                lambda s: s["part statistics"] / s[c.GRADIENT]),
+        Target(3, "… of the whole batch, by the empirical estimate (a step's excess over one without)", 0.6,
+               lambda s: (s["loss observe"] - s["loss plain"]) / s[c.GRADIENT]),
         Target(3, "… of the whole batch", 0.6, lambda s: s["factor statistics"] / s[c.GRADIENT]),
         Target(5, "product with the GGN / gradient (W1)", 2.0, lambda s: s["GGN-vector product"] / s[c.GRADIENT]),
         Target(5, "ten CG iterations / gradient (W1)", 18.0, lambda s: s["cg"] / s[c.GRADIENT]),

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"metric": ng.Fisher(ng.Exact(), ng.Dense()), "damping": 1e-2},
     "diagonal": {"metric": ng.Fisher(ng.Exact(), ng.Diagonal()), "damping": 1e-2},
     "empirical": {"metric": ng.Fisher(ng.Empirical(), ng.BlockDiagonal()), "damping": 1e-2},
+    "empirical kfac": {"metric": ng.Fisher(ng.Empirical(), ng.Kronecker()), "damping": ng.FactoredTikhonov(1e-2)},
     "gram": {"metric": ng.Fisher(ng.Exact(), ng.Gram()), "damping": 1e-2},
     "matrix free": {"metric": ng.Fisher(ng.Exact(), ng.MatrixFree()), "damping": 1e-1},
     "hessian": {"metric": ng.Hessian(), "damping": 10.0},

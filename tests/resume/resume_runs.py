@@ -51,6 +51,8 @@ def options(preset: str, control: str) -> dict[str, Any]:
         out["damping"] = ng.LevenbergMarquardt(1e3 if preset == "Newton" else inside)
     elif control == "shares":  # the shares of steps 3 to 5 are cut in two
         out["refresh"], out["structure"] = ng.Staggered(1, 3), SHARES[preset](sampling=ng.Sampling(0.5))
+    elif control == "empirical":
+        out["estimate"] = ng.Empirical()
     elif control == "part":
         out["structure"] = SHARES[preset](sampling=ng.SubBatch(0.5))
     elif control == "radius" and preset == "TrustRegionNGD":
@@ -94,7 +96,12 @@ COMBINATIONS = [
     for dtype in DTYPES
     if not (control == "momentum" and preset in WITHOUT_MOMENTUM)
 ] + [Combination(preset, "shares", dtype) for preset in SHARES for dtype in DTYPES]
-COMBINATIONS += [Combination(preset, "part", dtype, norm=False) for preset in SHARES for dtype in DTYPES]
+COMBINATIONS += [
+    Combination(preset, control, dtype, norm=False)
+    for control in ("part", "empirical")
+    for preset in SHARES
+    for dtype in DTYPES
+]
 
 
 def train(model: nn.Module, optimizer: ng.NaturalGradient, first: int, last: int) -> list[float]:

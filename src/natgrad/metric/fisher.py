@@ -15,7 +15,7 @@ from natgrad.likelihood import Likelihood
 from natgrad.likelihood.base import Target
 from natgrad.linalg import DiagonalMatrix, FunctionOperator, LinearOperator
 from natgrad.metric.eigenbasis import completed
-from natgrad.metric.estimate import Estimate, Exact, Factor, MonteCarlo
+from natgrad.metric.estimate import Empirical, Estimate, Exact, Factor, MonteCarlo
 from natgrad.metric.kronecker import Kronecker
 from natgrad.metric.sampling import Share, SubBatch
 from natgrad.metric.statistics import Bases, Moments, ProductStatistics, RowStatistics, Statistics
@@ -76,6 +76,11 @@ class Metric(ABC):
     @property
     def by_example(self) -> bool:
         """Whether rows must be those of single examples even where BatchNorm couples the batch."""
+        return False
+
+    @property
+    def from_loss(self) -> bool:
+        """Whether the loss's own backward pass brings every layer what statistics are made of."""
         return False
 
     @property
@@ -233,6 +238,11 @@ class Fisher(Metric):
     @property
     def by_example(self) -> bool:
         return self.structure.by_example
+
+    @property
+    def from_loss(self) -> bool:
+        readable = type(self.structure).reader is not Structure.reader
+        return isinstance(self.estimate, Empirical) and readable and self.sub_batch is None
 
     @property
     def sub_batch(self) -> SubBatch | None:

@@ -11,7 +11,7 @@ acting on the row-major vector of ``[W | b]``, shape ``[out, in + 1]``:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -147,6 +147,12 @@ class Kronecker(Structure):
                 for kind, moment in self._moments(row, common, first="input" not in kinds).items():
                     kinds[kind] = kinds[kind] + moment if kind in kinds else moment
         return values
+
+    def reader(
+        self, tape: Tape, factor: Factor, generator: torch.Generator | None, bases: Bases
+    ) -> Callable[[str, Rows], Moments]:
+        common, zero = self.common(factor, generator), torch.zeros_like(factor.normaliser)
+        return lambda name, rows: Moments({name: self._moments(rows, common, first=True)}, zero)
 
     def _row_chunks(self, tape: Tape, factor: Factor, partition: Partition, generator: torch.Generator | None):
         covered = [c for c in partition.cells if c.module is not None]
@@ -317,6 +323,19 @@ class EigenKronecker(Kronecker):
                 left, right = bases[name]
                 out[name] = KroneckerEigen(left, right, kinds["eigenvalues"])
         return out
+
+    def reader(
+        self, tape: Tape, factor: Factor, generator: torch.Generator | None, bases: Bases
+    ) -> Callable[[str, Rows], Moments]:
+        common, zero = self.common(factor, generator), torch.zeros_like(factor.normaliser)
+
+        def read(name: str, rows: Rows) -> Moments:
+            moments = Moments({name: self._moments(rows, common, first=True)}, zero)
+            if "output" in moments.values[name]:
+                moments = replace(moments, rows={name: kept_rows([common.picks.examples(rows)], tape)})
+            return projected(moments, {name: bases[name]} if name in bases and name in moments.rows else {})
+
+        return read
 
     def renewed_bases(self, means: Means, bases: Bases) -> tuple[Means, Bases]:
         """New eigenbases from the averaged factors; averaged eigenvalues are carried over to them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,6 +68,12 @@ class Structure(ABC):
             generator: for random signs, where the structure draws any.
             bases: eigenbases in use (eigenvalue-corrected structures only).
         """
+
+    def reader(
+        self, tape: Tape, factor: Factor, generator: torch.Generator | None, bases: Bases
+    ) -> Callable[[str, Rows], Moments] | None:
+        """What is kept of one cell's rows, with a normaliser of zero; None where cells are not read one by one."""
+        return None
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         """One operator per block, from means of :class:`Moments`."""
@@ -184,6 +190,12 @@ class Diagonal(Structure):
                 square = r.squared_sum()
                 sums[name] = sums[name] + square if name in sums else square
         return Moments({name: {"diagonal": Moment(s)} for name, s in sums.items()}, factor.normaliser)
+
+    def reader(
+        self, tape: Tape, factor: Factor, generator: torch.Generator | None, bases: Bases
+    ) -> Callable[[str, Rows], Moments]:
+        zero = torch.zeros_like(factor.normaliser)
+        return lambda name, rows: Moments({name: {"diagonal": Moment(rows.squared_sum())}}, zero)
 
     def operators(self, partition: Partition, means: Means, bases: Bases) -> dict[str, LinearOperator]:
         return {name: DiagonalMatrix(kinds["diagonal"]) for name, kinds in means.items()}

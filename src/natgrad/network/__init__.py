@@ -50,6 +50,7 @@ from natgrad.network.tape import (
     recording,
 )
 from natgrad.network.tied import TiedRows
+from natgrad.network.under_way import differentiated, only_through, reachable
 
 __all__ = [
     "NAMED_RULES",
@@ -88,6 +89,7 @@ __all__ = [
     "accumulation",
     "as_arguments",
     "cells",
+    "differentiated",
     "division_of",
     "fresh_casts",
     "full_precision",
@@ -96,7 +98,9 @@ __all__ = [
     "is_replaying",
     "misaligned_parameters",
     "mixing_parameters",
+    "only_through",
     "output_tensor",
+    "reachable",
     "record",
     "recording",
     "register_layer",

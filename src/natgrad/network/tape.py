@@ -32,12 +32,14 @@ class Tape:
         uses: calls of each supported layer, by qualified module name, in order.
         output: the network's output ``[N, *positions, C]``, set when the pass ends.
         hidden: whether a layer was called without a graph, of which there is nothing here.
+        packed: whether autograd keeps something else than a layer's input (checkpointing), which only this holds then.
     """
 
     _model: weakref.ref[nn.Module]
     uses: dict[str, list[LayerUse]] = field(default_factory=dict)
     output: Tensor | None = None
     hidden: bool = False
+    packed: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -63,23 +65,28 @@ class Tape:
         gradients = {layer: [next(found) for _ in self.uses[layer]] for layer in layers}
         out: dict[str, Rows] = {}
         for cell in covered:
-            rows: Rows | None = None
-            for site in cell.sites:
-                for use, g in zip(self.uses.get(site.module, ()), gradients.get(site.module, ()), strict=True):
-                    if g is None or not use.input.numel() or not use.concerns(site.names):
-                        continue
-                    new = self._use_rows(cell, site, use, g)
-                    n, seen = columns.shape[1], new.shape[1]
-                    # A layer may see tokens and batch as one axis; whether they lie as folding assumes is checked once.
-                    new = new.folded(n) if seen != n and n and seen % n == 0 else new
-                    if cell.layout.mixed and isinstance(new, EmbeddingRows | LinearRows):
-                        new = TiedRows((new,))
-                    rows = new if rows is None else rows.joined(new)
+            rows = self.cell_rows(cell, gradients, columns.shape[1])
             if rows is not None:
                 out[cell.name] = rows
         raw = [c for c in cell_list if c.module is None]
         out.update(self.example_rows(raw, columns))
         return out
+
+    def cell_rows(self, cell: Cell, gradients: Mapping[str, Sequence[Tensor | None]], n: int) -> Rows | None:
+        """Rows of a cell of n examples from the gradients ``[K, *output.shape]`` of every use of its layers."""
+        rows: Rows | None = None
+        for site in cell.sites:
+            for use, g in zip(self.uses.get(site.module, ()), gradients.get(site.module, ()), strict=True):
+                if g is None or not use.input.numel() or not use.concerns(site.names):
+                    continue
+                new = self._use_rows(cell, site, use, g)
+                seen = new.shape[1]
+                # A layer may see tokens and batch as one axis; whether they lie as folding assumes is checked once.
+                new = new.folded(n) if seen != n and n and seen % n == 0 else new
+                if cell.layout.mixed and isinstance(new, EmbeddingRows | LinearRows):
+                    new = TiedRows((new,))
+                rows = new if rows is None else rows.joined(new)
+        return rows
 
     def _use_rows(self, cell: Cell, site: Site, use: LayerUse, g: Tensor) -> Rows:
         if use.input._version != use.version:
@@ -197,6 +204,7 @@ class Recorder:
 
         def note(layer: str, use: LayerUse | None) -> None:
             tape.hidden = tape.hidden or use is None
+            tape.packed = tape.packed or _packing()
             if use is not None:
                 tape.uses.setdefault(".".join(part for part in (name, layer) if part), []).append(use)
 
@@ -213,6 +221,7 @@ class Recorder:
                 return
             x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
             if isinstance(x, Tensor):
+                tape.packed = tape.packed or _packing()
                 use = LayerUse(x.detach(), x._version, get_gradient_edge(output))
                 tape.uses.setdefault(name, []).append(use)
 
@@ -223,6 +232,11 @@ class Recorder:
         for end in self._ends:
             end()
         self._ends = []
+
+
+def _packing() -> bool:
+    """Whether tensors that are saved for the backward pass go through hooks now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 @contextmanager

@@ -130,6 +130,11 @@ class Examination:
         self.unreached, self.alone, self.again = unreached, alone, False
         return True
 
+    @property
+    def settled(self) -> bool:
+        """Whether a pass that calls the same layers has nothing new to show."""
+        return self.uncovered is not None and not (self.again or self.unreached or self.stale or self.alone)
+
     def divide(self, observed: Pass, tape: Tape) -> None:
         """Learn how batches are divided, where it is not known yet."""
         if self.division is None:

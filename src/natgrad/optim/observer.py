@@ -18,6 +18,7 @@ from natgrad.likelihood.base import Target
 from natgrad.metric import Statistics
 from natgrad.network import Pass, Recorder, Tape, is_compiled, is_reentrant, is_replaying, output_tensor
 from natgrad.optim.axes import Axes, in_order, inverse, moved, moved_axes
+from natgrad.optim.capture import Capture
 from natgrad.optim.discarding import Gradients, after_backward
 
 
@@ -44,6 +45,7 @@ class Observation:
         explicit: whether the user observed the output explicitly.
         skipped: whether the pass is left out, because its output is not finite.
         axes: the order in which the likelihood reads the axes of the source; None as they are.
+        capture: what waits for the loss's own backward pass to take statistics of it.
     """
 
     due: bool
@@ -59,6 +61,7 @@ class Observation:
     explicit: bool = False
     skipped: bool = False
     axes: Axes | None = None
+    capture: Capture | None = None
     _own: bool = False
     _life: weakref.ref[_Life] | None = None
 
@@ -89,7 +92,7 @@ class Observation:
                 if tell is not None:
                     tell(seen, gradient)
 
-        node, index = _before_conversions(output)
+        node, index = before_conversions(output)
         if node is output.grad_fn or node is None:
             output.register_hook(lambda gradient: reached(gradient))
         else:  # the loss may be made of what was converted, as where accelerate returns float32 from a bfloat16 pass
@@ -122,13 +125,16 @@ class Observation:
                 self.output = in_order(self.output, back, axes)
             if self.statistics is not None:
                 self.statistics, self.due = None, True
+            if self.capture is not None:
+                self.capture.close()
+                self.capture = None
 
     def record(self, statistics: Statistics) -> None:
         """Keep the statistics, and let go of the layers' inputs, which are no longer needed."""
-        self.statistics, self.tape, self.due = statistics, None, False
+        self.statistics, self.tape, self.due, self.capture = statistics, None, False, None
 
 
-def _before_conversions(output: Tensor) -> tuple[Any, int]:
+def before_conversions(output: Tensor) -> tuple[Any, int]:
     """The node of the graph that made ``output``, but for conversions of its dtype, and which of its outputs it is."""
     node, index = output.grad_fn, output.output_nr
     while node is not None and node.name() == "ToCopyBackward0":
@@ -340,6 +346,8 @@ class Observer:
     def _gradient(self, observation: Observation, gradient: Tensor | None) -> None:
         self._forget_discarded(observation)
         after_backward(self._note_gradients)
+        if observation.capture is not None and gradient is not None:
+            observation.capture.begin(moved(gradient, observation.axes))
         if self.on_gradient is not None and gradient is not None:  # a compiled graph may hold the loss as well
             self.on_gradient(moved(gradient, observation.axes))
             self.on_gradient = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from natgrad.metric.running import Refresh, Staggered
 from natgrad.metric.sampling import Share
 from natgrad.network import BlockVector, Partition, Pass, Tape, fresh_casts, full_precision, trainable_parameters
 from natgrad.optim import state as checkpoint
+from natgrad.optim.axes import moved
+from natgrad.optim.capture import Capture
 from natgrad.optim.checks import (
     check_arguments,
     check_likelihood,
@@ -50,7 +53,7 @@ from natgrad.optim.groups import (
 from natgrad.optim.loading import check_places, matched, names_in, take_over
 from natgrad.optim.momentum import Momentum, factors
 from natgrad.optim.naming import names_here
-from natgrad.optim.observer import Observation, Observer, unwrapped
+from natgrad.optim.observer import Observation, Observer, before_conversions, unwrapped
 from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
 from natgrad.optim.preconditioning import at_rates, preconditioned
 from natgrad.optim.probe import ModelProbe
@@ -268,7 +271,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _take_statistics(self, observation: Observation, output: Tensor) -> None:
         self._likelihood.check_output(output)
-        if not any(o.statistics is not None for o in self._observer.observations):
+        if not any(o.statistics is not None or o.capture is not None for o in self._observer.observations):
             self._reseed()
         with full_precision(self._device):
             part, share = self._part(observation, output)
@@ -336,8 +339,48 @@ class NaturalGradient(torch.optim.Optimizer):
         observation.explicit = True
         if observation.due and observation.statistics is None:
             ready = target is not None or not (self._metric.needs_target or self._likelihood.needs_target)
-            if ready:
+            if ready and not self._captured(observation):
                 self._take_statistics(observation, unwrapped(output))
+
+    def _captured(self, observation: Observation) -> bool:
+        """Leave the statistics of a pass to the loss's own backward pass, where that may bring them."""
+        curvature, tape, metric = self._curvature, observation.tape, self._metric
+        source, f = None if observation.source is None else observation.source(), observation.output
+        settled = curvature is not None and self._examination.settled and curvature.partition is self._partition()
+        if not (metric.from_loss and settled) or observation.reached or tape is None or source is None or f is None:
+            return False
+        assert curvature is not None and isinstance(metric, Fisher)
+        if not Capture.possible(tape, curvature.partition):
+            return False
+        if not any(o.statistics is not None or o.capture is not None for o in self._observer.observations):
+            self._reseed()
+        if observation.capture is not None:
+            observation.capture.close()
+        target, bases, seen = observation.target, self._bases(curvature), weakref.ref(observation)
+
+        def then(take: Callable[[Observation], None]) -> None:
+            if (of := seen()) is not None:
+                take(of)
+
+        observation.capture = Capture(
+            tape, curvature.partition.cells, before_conversions(source),
+            factor=lambda: metric.estimate.factor(self._likelihood, f, target, self._generator),
+            reader=lambda factor: metric.structure.reader(tape, factor, self._generator, bases),
+            done=lambda statistics: then(lambda of: of.record(statistics)),
+            own=lambda: then(self._take_late),
+        )  # fmt: skip
+        return True
+
+    def _take_late(self, observation: Observation) -> None:
+        """Statistics that the loss's backward pass does not bring: from the graph, while that pass has not used it."""
+        observation.capture, within = None, torch._C._current_graph_task_id() != -1
+        source = observation.source() if within and observation.source is not None else None
+        assert observation.output is not None
+        with torch.enable_grad():
+            if source is None:
+                observation.tape = None  # it is run again
+            output = observation.output if source is None else moved(source, observation.axes)
+            self._take_statistics(observation, output)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; passes whose gradients are thus discarded do not count for the next step either."""
@@ -459,6 +502,10 @@ class NaturalGradient(torch.optim.Optimizer):
     def _take_observations(self) -> list[Observation]:
         self._unknown = self._observer.unknown
         observations = self._observer.take()
+        for observation in observations:
+            if observation.capture is not None:  # no backward pass, or only a part of one, has gone through the layers
+                observation.capture.close()
+                self._take_late(observation)
         if self._replicas.size > 1 and self._statistics_due():
             self._examination, agreed = self._examination.shared(self._replicas)
             for observation in observations:  # seen with blocks that other processes do not have
