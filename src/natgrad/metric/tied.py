@@ -20,7 +20,7 @@ from torch import Tensor
 
 from natgrad.metric.statistics import Moment
 from natgrad.metric.widths import WidthLimits
-from natgrad.network import EmbeddingRows, TiedRows
+from natgrad.network import EmbeddingRows, LinearRows, TiedRows
 
 Weights = Callable[[int, tuple[int, ...]], "Tensor | None"]
 """From a number of examples and the spans of uses to weights ``[N, S]`` of positions; None where all count alike."""
@@ -32,7 +32,7 @@ def tied_moments(rows: TiedRows, sharing: str, weights: Weights, widths: WidthLi
     width: dict[str, Tensor] = {}
     for part in rows.parts:
         n, spans = part.shape[1], part.spans or (part.positions,)
-        shares = _shares(weights(n, spans), part.g, n, part.positions) if sharing == "reduce" else None
+        shares = _shares(weights(n, spans), part) if sharing == "reduce" else None
         if isinstance(part, EmbeddingRows):
             left, right, weighted, size = _table(part, shares)
         else:
@@ -67,8 +67,9 @@ def _table(part: EmbeddingRows, shares: Tensor | None) -> tuple[Tensor, Tensor, 
     return left, flat, flat * l2.expand(g2.shape).reshape(-1, 1), (g2 * l2).sum()
 
 
-def _shares(weights: Tensor | None, like: Tensor, n: int, positions: int) -> Tensor:
-    """What every position counts in the mean over positions, ``[N, S]``."""
-    if weights is None:
-        return like.new_full((n, positions), 1 / positions)
+def _shares(weights: Tensor | None, part: EmbeddingRows | LinearRows) -> Tensor:
+    """What every position counts in the mean over positions, ``[N, S]``; tokens that are padding count nothing."""
+    weights = part.g.new_ones(part.shape[1], part.positions) if weights is None else weights
+    if isinstance(part, EmbeddingRows) and part.padding is not None:
+        weights = weights * (part.index != part.padding)
     return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)

@@ -286,7 +286,8 @@ class EmbeddingRows(Rows):
             return self.apart().stacked(other.apart())
         index, g = torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 2)
         spans = (*(self.spans or (self.positions,)), *(other.spans or (other.positions,)))
-        return replace(self, index=index, g=g, spans=spans)
+        padding = self.padding if self.padding == other.padding else None  # of one table only: no token is none
+        return replace(self, index=index, g=g, spans=spans, padding=padding)
 
     def stacked(self, other: Rows) -> Rows:
         if isinstance(other, EmbeddingRows) and other.index.shape[1] == self.index.shape[1]:
