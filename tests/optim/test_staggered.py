@@ -79,3 +79,12 @@ def test_a_resumed_run_goes_on_with_the_same_shares() -> None:
     share = [opt._curvature.share(i, INTERVAL) for i in range(INTERVAL)]
     assert share == [other._curvature.share(i, INTERVAL) for i in range(INTERVAL)]
     assert sorted(n for names in share for n in names) == sorted(opt._curvature.operators)
+
+
+def test_shares_do_not_depend_on_the_storage() -> None:
+    shares = []
+    for storage in (ng.Unpacked(), ng.Packed(least=2)):
+        structure = ng.Kronecker(storage=storage)
+        opt, _ = _run(ng.Staggered(1, 3), lambda *a, s=structure, **k: ng.KFAC(*a, structure=s, **k))
+        shares.append(opt._curvature._costs())
+    assert shares[0] == shares[1] and min(shares[0].values()) > 0

@@ -82,13 +82,17 @@ def test_part_of_the_rows_where_the_mean_time_is_limited():
     assert found.fraction < 1 and f"structure=ng.Kronecker(sampling=ng.Sampling({found.part}))" in found.code
 
 
-def test_wide_factors_get_blocks_where_square_ones_do_not_fit():
+def test_triangles_are_kept_where_whole_matrices_do_not_fit_and_blocks_where_they_do_not():
     model = nn.Sequential(nn.Linear(1500, 1500, bias=False), nn.Tanh(), nn.Linear(1500, 10))
     whole = plan(model, batch=256, profile=MADE_UP)["kfac"]
     assert whole.block == 0 and "WidthLimits" not in whole.code
-    found = plan(model, batch=256, max_memory=whole.state - 1, profile=MADE_UP)["kfac"]
-    assert found.block == 1024 and found.state < whole.state and not found.problem
-    assert "structure=ng.Kronecker(widths=ng.WidthLimits(full=1024, block=1024))" in found.code
+    triangles = plan(model, batch=256, max_memory=whole.state - 1, profile=MADE_UP)["kfac"]
+    assert triangles.packed and triangles.block == 0 and triangles.state < 0.6 * whole.state
+    assert "structure=ng.Kronecker(storage=ng.Packed())" in triangles.code
+    found = plan(model, batch=256, max_memory=triangles.state - 1, profile=MADE_UP)["kfac"]
+    assert found.block == 1024 and found.state < triangles.state and not found.problem
+    widths = "widths=ng.WidthLimits(full=1024, block=1024)"
+    assert f"structure=ng.Kronecker({widths}, storage=ng.Packed())" in found.code
     assert (found.statistics, found.inverse, found.fraction) == (1, 10, 1.0)
     optimizer = eval(found.code, {"ng": ng, "model": model, "likelihood": ng.Categorical()})
     F.cross_entropy(model(torch.randn(8, 1500)), torch.zeros(8, dtype=torch.long)).backward()

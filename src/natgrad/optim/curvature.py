@@ -195,13 +195,15 @@ class Curvature:
         """Cost of decomposing each block, in multiplications up to a constant: the cube of each square moment."""
 
         def cost(t: Tensor) -> int:
-            if t.dim() < 2 or t.shape[-2] == 1:
-                return t.numel()
-            return t.numel() * t.shape[-1] * (1 if width_of(t.shape) is None else 4)
+            return t.numel() * t.shape[-1] if t.dim() > 1 and t.shape[-2] > 1 else t.numel()
+
+        def factor_cost(t: Tensor) -> int:
+            width = width_of(t.shape)
+            return cost(t) if width is None else t.shape[:-2].numel() * width**3
 
         costs = dict.fromkeys(self.operators, 0.0)
         for name, kinds in self._averages.means().items():
-            costs[name] += sum(map(cost, kinds.values()))
+            costs[name] += sum(cost(t) if kind == "eigenvalues" else factor_cost(t) for kind, t in kinds.items())
         return costs
 
     def _rebuild(self) -> None:

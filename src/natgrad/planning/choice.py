@@ -24,6 +24,7 @@ class Choice:
         refresh: ``"Refresh"``, or ``"Staggered"`` where the renewals of different layers are spread over the interval.
         fraction: part of the rows that statistics are taken of.
         block: widest square factor, and width of the blocks that wider ones are divided into; 0 as ``WidthLimits()``.
+        packed: whether one triangle is kept of each factor and inverse, as ``Packed()`` does.
         state: bytes of the optimizer's state: exact.
         transient: bytes held during a step beyond state, gradients and autograd's own: an estimate.
         seconds: of a step on average.
@@ -42,6 +43,7 @@ class Choice:
     refresh: str = TOGETHER
     fraction: float = 1.0
     block: int = 0
+    packed: bool = False
     state: int = 0
     transient: int = 0
     seconds: float = math.inf
@@ -64,7 +66,8 @@ class Choice:
         part = "" if self.fraction == 1.0 else f" from {self.part} of the rows"
         spread = ", spread over the steps" if self.refresh == SPREAD else ""
         blocks = f", factors in blocks of at most {self.block}" if self.block else ""
-        return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}{blocks}"
+        packed = ", triangles alone kept" if self.packed else ""
+        return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}{blocks}{packed}"
 
     @property
     def part(self) -> str:
@@ -82,6 +85,7 @@ class Choice:
         kept = [
             *([f"sampling=ng.Sampling({self.part})"] if self.fraction != 1.0 else []),
             *([f"widths=ng.WidthLimits(full={self.block}, block={self.block})"] if self.block else []),
+            *(["storage=ng.Packed()"] if self.packed else []),
         ]
         if kept:
             parts.append(f"structure=ng.{type(method.structure).__name__}({', '.join(kept)})")

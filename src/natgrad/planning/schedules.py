@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Kronecker, WidthLimits
+from natgrad.metric import Kronecker, Packed, WidthLimits
 from natgrad.planning.choice import CLIP, FIT, RADIUS, SPREAD, TOGETHER, Choice
 from natgrad.planning.limits import Limits, value
 from natgrad.planning.methods import Method
@@ -37,16 +37,16 @@ class Found:
 def freshest(meta: nn.Module, method: Method, timing: Timing, limits: Limits, uncovered: Mapping[str, str]) -> Found:
     """The schedule of one structure on ``meta``."""
     every: list[Choice] = []
-    for block in (0, *(_blocks(timing) if limits.names and isinstance(method.structure, Kronecker) else ())):
-        blocked = _with_blocks(method, block)
+    for block, packed in _kept(method, timing, limits):
+        varied = _varied(method, block, packed)
         try:
-            shapes = block_shapes(meta, blocked.structure, uncovered)
+            shapes = block_shapes(meta, varied.structure, uncovered)
         except ArgumentError as error:
             return Found(Choice(method.name, method.preset, problem=str(error).partition(". ")[0] + "."), {})
         for search in searches(method):
             state = state_bytes(meta, method, search, shapes)
-            base = Choice(method.name, method.preset, search, block=block, state=state)
-            rates = {f: timing.rates(blocked, shapes, search, f) for f in _fractions(method)}
+            base = Choice(method.name, method.preset, search, block=block, packed=packed, state=state)
+            rates = {f: timing.rates(varied, shapes, search, f) for f in _fractions(method)}
             every += [
                 rates[f].at(replace(base, fraction=f), statistics, inverse, refresh)
                 for statistics, inverse, f, refresh in _grid(method)
@@ -58,6 +58,15 @@ def freshest(meta: nn.Module, method: Method, timing: Timing, limits: Limits, un
     return Found(replace(choice, problem=limits.problem(choice)), least)
 
 
+def _kept(method: Method, timing: Timing, limits: Limits) -> Iterator[tuple[int, bool]]:
+    """Width of blocks and whether matrices are packed, in the order of what it costs: triangles lose nothing."""
+    packed = limits.memory is not None
+    yield 0, False
+    if isinstance(method.structure, Kronecker) and limits.names:
+        yield from ((0, True),) if packed else ()
+        yield from ((block, packed) for block in _blocks(timing))
+
+
 def _blocks(timing: Timing) -> list[int]:
     """Widths of blocks that some square factor would be divided into, the widest first."""
     usual = WidthLimits()
@@ -66,12 +75,13 @@ def _blocks(timing: Timing) -> list[int]:
     return [b for b in _BLOCKS if any(n > b for n in square)]
 
 
-def _with_blocks(method: Method, block: int) -> Method:
-    """The method with factors of at most this width; as it is where ``block`` is 0."""
-    if not block:
-        return method
-    assert isinstance(method.structure, Kronecker)
-    return replace(method, structure=replace(method.structure, widths=WidthLimits(full=block, block=block)))
+def _varied(method: Method, block: int, packed: bool) -> Method:
+    """The method with factors of at most this width (0: of any), of each of which one triangle is kept."""
+    structure = method.structure
+    if isinstance(structure, Kronecker):
+        structure = replace(structure, storage=Packed()) if packed else structure
+        structure = replace(structure, widths=WidthLimits(full=block, block=block)) if block else structure
+    return replace(method, structure=structure)
 
 
 def searches(method: Method) -> tuple[str, ...]:
