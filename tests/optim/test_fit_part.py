@@ -44,7 +44,7 @@ def _first_step(monkeypatch: pytest.MonkeyPatch, model: nn.Module, likelihood: A
     index = torch.tensor([1, 3, 6])
     monkeypatch.setattr(Picks, "of", lambda self, n, device: index if self.fraction < 1 else None)
     x, y = _batch()
-    opt = ng.KFAC(model, likelihood or ng.Categorical(), damping=0.1, search=ng.QuadraticFit(fraction=3 / 8))
+    opt = ng.KFAC(model, likelihood or ng.Categorical(), damping=0.1, search=ng.QuadraticFit(fraction=3 / 8, least=1))
     before = parameters_to_vector(model.parameters()).detach()
     _step(opt, model, x, y, likelihood)
     gradient = parameters_to_vector([p.grad for p in model.parameters()])
@@ -101,7 +101,7 @@ def test_other_examples_at_every_step_and_the_same_ones_in_a_resumed_run(monkeyp
 
     def make(model: nn.Module) -> ng.KFAC:
         return ng.KFAC(
-            model, ng.Categorical(), damping=0.1, search=ng.QuadraticFit(fraction=0.5), refresh=Refresh(4, 4)
+            model, ng.Categorical(), damping=0.1, search=ng.QuadraticFit(fraction=0.5, least=1), refresh=Refresh(4, 4)
         )
 
     model = _model()
@@ -143,3 +143,19 @@ def test_only_the_steps_that_are_judged_are_measured():
         measured.append(opt.last.loss_change_measured is not None)
     assert measured == [False, False, True, False, False, True, False]
     assert opt.damping.value != 0.1
+
+
+def test_a_part_of_a_small_batch_is_all_of_it():
+    picks = ng.Sampling(1 / 4, least=6).picks(torch.Generator().manual_seed(0))
+    cpu = torch.device("cpu")
+    found = [picks.of(n, cpu) for n in (5, 6, 8, 24, 40)]
+    assert found[:2] == [None, None]
+    assert [len(index) for index in found[2:] if index is not None] == [6, 6, 10]
+
+
+@pytest.mark.parametrize("least", [0, 1.5])
+def test_a_least_number_out_of_range_is_refused(least):
+    with pytest.raises(ArgumentError, match="least"):
+        ng.QuadraticFit(least=least)
+    with pytest.raises(ArgumentError, match="least"):
+        ng.SubBatch(0.5, least=least)

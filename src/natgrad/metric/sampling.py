@@ -25,12 +25,14 @@ class Sampling:
 
     Args:
         fraction: of the positions, in (0, 1]; 1 takes all.
+        least: so many are picked at least, or all: a part of a small batch would be too few.
 
     Raises:
-        ArgumentError: a fraction out of range.
+        ArgumentError: a fraction out of range, or ``least`` below 1.
     """
 
     fraction: float = 1.0
+    least: int = 1
 
     def __post_init__(self) -> None:
         if not (isinstance(self.fraction, (int, float)) and 0.0 < self.fraction <= 1.0):
@@ -39,9 +41,14 @@ class Sampling:
                 "1/16 picks a sixteenth of it, 1 takes all."
             )
 
+        if not isinstance(self.least, int) or self.least < 1:
+            raise ArgumentError(
+                f"{type(self).__name__}(least={self.least!r}) was given; it is a whole number of picks ≥ 1."
+            )
+
     def picks(self, generator: torch.Generator | None = None) -> Picks:
         """The picks of one batch; layers with as many positions share theirs."""
-        return Picks(self.fraction, generator)
+        return Picks(self.fraction, generator, self.least)
 
 
 @dataclass(frozen=True)
@@ -90,15 +97,17 @@ class Picks:
     Args:
         fraction: of the positions.
         generator: source of the draws, on the device of the batch.
+        least: number of picks.
     """
 
     fraction: float
     generator: torch.Generator | None = None
+    least: int = 1
     _found: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, count: int, device: torch.device) -> Tensor | None:
         """Indices ``[m]`` into ``count`` positions, in ascending order; None where all are taken."""
-        number = max(1, round(self.fraction * count))
+        number = max(self.least, round(self.fraction * count))
         if self.fraction == 1.0 or number >= count:
             return None
         if count not in self._found:

@@ -652,7 +652,8 @@ class NaturalGradient(torch.optim.Optimizer):
         # A stream of its own: the labels' stands elsewhere after a step without statistics than in a resumed run.
         words = np.random.SeedSequence((self._seed, self._steps, self._replicas.rank, 1)).generate_state(1)
         generator = torch.Generator(device=self._device).manual_seed(int(words[0]))
-        index = Sampling(self._fit_fraction).picks(generator).of(len(output), self._device)
+        assert isinstance(self._search, QuadraticFit)
+        index = Sampling(self._fit_fraction, self._search.least).picks(generator).of(len(output), self._device)
         part = None if index is None else division.part(observation.observed, len(output), index)
         return None if part is None or index is None else (part, index)
 

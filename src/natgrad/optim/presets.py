@@ -169,7 +169,7 @@ class AdaptiveKFAC(NaturalGradient):
     Levenberg–Marquardt damping judges every fifth step by the change of the loss. Factors are estimated on an eighth
     of the batch, and renewed at every step of the burn-in.
 
-    Made for large batches (hundreds of examples or more). The loss is measured: use a closure, or call
+    Parts have 125 and 250 examples at least, or are the whole batch. The loss is measured: use a closure, or call
     ``observe(output, target)`` before ``backward()``. :func:`natgrad.iterate_average` averages away what gradient noise
     leaves in the last iterates.
 
@@ -187,7 +187,7 @@ class AdaptiveKFAC(NaturalGradient):
         ),
         weight_decay: float = 0.0,
         estimate: Estimate = MonteCarlo(),
-        structure: Structure = Kronecker(sampling=SubBatch(1 / 8)),
+        structure: Structure = Kronecker(sampling=SubBatch(1 / 8, least=125)),
         search: Search = QuadraticFit(fraction=1 / 4),
         average: float = 0.95,
         refresh: Refresh = Refresh(1, 10, burn_in=3),

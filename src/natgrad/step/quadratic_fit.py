@@ -32,6 +32,7 @@ class QuadraticFit:
         fraction: of the batch's examples, picked at random, on which the exact F is taken, in (0, 1]: two numbers need
             fewer examples than the gradient (Martens & Grosse 2015, §8 take a quarter). The slope is that of the whole
             batch. A model that couples the examples of a batch (BatchNorm in training mode) is always run on all.
+        least: so many examples are taken at least, or all: the F of a few does not bound a step.
 
     Raises:
         ArgumentError: max_kl not above 0, a fraction out of range, no probe, or a lr that is NaN, negative, or infinite
@@ -43,12 +44,14 @@ class QuadraticFit:
 
     max_kl: float | None = None
     fraction: float = 1.0
+    least: int = 250
 
     def __post_init__(self) -> None:
         if self.max_kl is not None:
             _checks.positive("QuadraticFit", "max_kl", self.max_kl)
         if self.fraction != 1.0:
             _checks.fraction("QuadraticFit", "fraction", self.fraction)
+        _checks.count("QuadraticFit", "least", self.least, least=1)
 
     def __call__(
         self, local: LocalModel, direction: BlockVector, lr: float | Tensor, probe: Probe | None = None
