@@ -102,6 +102,32 @@ PRESETS: dict[str, Preset] = {
     "kfac-reduce": Preset(
         lambda m, p, r: ng.KFAC(m, p, structure=ng.Kronecker.reduce(), refresh=r), ((1, 10), (10, 10))
     ),
+    "kfac-sampled": Preset(
+        lambda m, p, r: ng.KFAC(
+            m,
+            p,
+            lr=0.1,
+            momentum=0.9,
+            search=ng.KLClip(1e-3),
+            refresh=r,
+            structure=ng.Kronecker(sampling=ng.Sampling(1 / 16)),
+        ),
+        ((1, 10), (10, 10)),
+        note="factors of a sixteenth of the positions",
+    ),
+    "kfac-sub-batch": Preset(
+        lambda m, p, r: ng.KFAC(
+            m,
+            p,
+            lr=0.1,
+            momentum=0.9,
+            search=ng.KLClip(1e-3),
+            refresh=r,
+            structure=ng.Kronecker(sampling=ng.SubBatch(1 / 8)),
+        ),
+        ((1, 10), (10, 10)),
+        note="factors of an eighth of the examples, run by themselves",
+    ),
     "ekfac": Preset(lambda m, p, r: ng.EKFAC(m, p, refresh=r), ((1, 10), (10, 10))),
     "diagonal": Preset(lambda m, p, r: ng.DiagonalNGD(m, p)),
     "gram": Preset(lambda m, p, r: ng.GramNGD(m, p), flops=_gram_flops),

@@ -158,10 +158,12 @@ def test_a_part_of_the_rows_costs_that_part():
     model = wide(24, 40, 10)
     meta, passes = passes_of(model, 64, None)
     shapes = block_shapes(meta, ng.Kronecker())
-    whole, part = (costs_of(passes, shapes, ng.Kronecker(), fraction=f) for f in (1.0, 0.25))
+    whole, part = (costs_of(passes, shapes, ng.Kronecker(sampling=ng.Sampling(f))) for f in (1.0, 0.25))
     labels = flops_of(passes.sampled)  # the backward pass of sampled labels is whole
     assert flops_of(part.statistics) - labels == pytest.approx((flops_of(whole.statistics) - labels) / 4)
     assert flops_of(part.each) == flops_of(whole.each)
+    alone = costs_of(passes, shapes, ng.Kronecker(sampling=ng.SubBatch(0.25)))
+    assert flops_of(alone.statistics) == pytest.approx((flops_of(whole.statistics) + flops_of(passes.forward)) / 4)
 
 
 def test_counting_leaves_the_model_alone():

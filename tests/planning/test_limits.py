@@ -79,27 +79,34 @@ def test_renewals_are_spread_where_the_slowest_steps_are_limited():
 def test_part_of_the_rows_where_the_mean_time_is_limited():
     found = plan(deep(), batch=8192, max_overhead=0.35, max_p99=1.6, profile=MADE_UP)["kfac"]
     assert not found.problem and found.overhead <= 0.35 and found.p99 <= 1.6
-    assert found.fraction < 1 and f"structure=ng.Kronecker(sampling=ng.Sampling({found.part}))" in found.code
+    assert found.fraction < 1 and f"structure=ng.Kronecker(sampling=ng.{found.sampling}({found.part}))" in found.code
 
 
-def test_triangles_are_kept_where_whole_matrices_do_not_fit_and_blocks_where_they_do_not():
+def test_examples_run_by_themselves_only_where_there_are_many_and_none_sees_another():
+    def sampled(model: nn.Module, batch: int) -> str:
+        return plan(model, batch=batch, max_overhead=0.25, profile=MADE_UP)["kfac"].sampling
+
+    coupled = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), *deep())
+    assert sampled(deep(), 4096) == "SubBatch" and sampled(coupled, 4096) == "Sampling" == sampled(deep(), 32)
+
+
+def test_wide_factors_get_blocks_where_square_ones_do_not_fit():
     model = nn.Sequential(nn.Linear(1500, 1500, bias=False), nn.Tanh(), nn.Linear(1500, 10))
     whole = plan(model, batch=256, profile=MADE_UP)["kfac"]
     assert whole.block == 0 and "WidthLimits" not in whole.code
-    triangles = plan(model, batch=256, max_memory=whole.state - 1, profile=MADE_UP)["kfac"]
-    assert triangles.packed and triangles.block == 0 and triangles.state < 0.6 * whole.state
-    assert "structure=ng.Kronecker(storage=ng.Packed())" in triangles.code
-    found = plan(model, batch=256, max_memory=triangles.state - 1, profile=MADE_UP)["kfac"]
-    assert found.block == 1024 and found.state < triangles.state and not found.problem
-    widths = "widths=ng.WidthLimits(full=1024, block=1024)"
-    assert f"structure=ng.Kronecker({widths}, storage=ng.Packed())" in found.code
-    assert (found.statistics, found.inverse, found.fraction) == (1, 10, 1.0)
-    optimizer = eval(found.code, {"ng": ng, "model": model, "likelihood": ng.Categorical()})
-    F.cross_entropy(model(torch.randn(8, 1500)), torch.zeros(8, dtype=torch.long)).backward()
-    optimizer.step()
-    F.cross_entropy(model(torch.randn(8, 1500)), torch.zeros(8, dtype=torch.long)).backward()
-    optimizer.step()
-    assert found.state == held(optimizer)
+    packed = plan(model, batch=256, max_memory=whole.state - 1, profile=MADE_UP)["kfac"]
+    assert (packed.block, packed.storage) == (0, "Packed") and packed.state < whole.state and not packed.problem
+    found = plan(model, batch=256, max_memory=packed.state - 1, profile=MADE_UP)["kfac"]
+    assert found.block == 1024 and found.state < packed.state and not found.problem
+    assert "structure=ng.Kronecker(widths=ng.WidthLimits(full=1024, block=1024)" in found.code
+    for choice in (packed, found):
+        assert (choice.statistics, choice.inverse, choice.fraction) == (1, 10, 1.0)
+        optimizer = eval(choice.code, {"ng": ng, "model": model, "likelihood": ng.Categorical()})
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 1500)), torch.zeros(8, dtype=torch.long)).backward()
+            optimizer.step()
+        assert choice.state == held(optimizer)
 
 
 def test_each_limit_says_who_keeps_it():
@@ -155,7 +162,8 @@ def check_program(choice: Choice) -> None:
     metric = optimizer._metric
     assert isinstance(metric, Fisher) and type(optimizer._search).__name__ == choice.search
     if choice.name in ("kfac", "ekfac"):
-        assert metric.structure.sampling == ng.Sampling(choice.fraction)
+        assert metric.structure.sampling == getattr(ng, choice.sampling)(choice.fraction)
+        assert metric.structure.storage == getattr(ng, choice.storage)()
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         optimizer.zero_grad()

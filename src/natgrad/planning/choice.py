@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from natgrad.metric import Sampling, Unpacked
 from natgrad.metric.running import Refresh, Staggered
 from natgrad.planning.methods import METHODS
 
@@ -23,8 +24,9 @@ class Choice:
         statistics, inverse: intervals in steps, as in ``Refresh``.
         refresh: ``"Refresh"``, or ``"Staggered"`` where the renewals of different layers are spread over the interval.
         fraction: part of the rows that statistics are taken of.
+        sampling: how that part is picked: ``"Sampling"`` (positions), or ``"SubBatch"`` (examples, run by themselves).
+        storage: ``"Unpacked"``, or ``"Packed"``: one triangle of every factor and inverse.
         block: widest square factor, and width of the blocks that wider ones are divided into; 0 as ``WidthLimits()``.
-        packed: whether one triangle is kept of each factor and inverse, as ``Packed()`` does.
         state: bytes of the optimizer's state: exact.
         transient: bytes held during a step beyond state, gradients and autograd's own: an estimate.
         seconds: of a step on average.
@@ -42,8 +44,9 @@ class Choice:
     inverse: int = 1
     refresh: str = TOGETHER
     fraction: float = 1.0
+    sampling: str = Sampling.__name__
+    storage: str = Unpacked.__name__
     block: int = 0
-    packed: bool = False
     state: int = 0
     transient: int = 0
     seconds: float = math.inf
@@ -63,11 +66,15 @@ class Choice:
         """``every 20 steps from 1/16, inverses every 20, spread``: when what is renewed; empty where all always is."""
         if not METHODS[self.name].scheduled:
             return ""
-        part = "" if self.fraction == 1.0 else f" from {self.part} of the rows"
+        part = "" if self.fraction == 1.0 else f" from {self.part} of the {self._of}"
         spread = ", spread over the steps" if self.refresh == SPREAD else ""
+        packed = ", kept packed" if self.storage != Unpacked.__name__ else ""
         blocks = f", factors in blocks of at most {self.block}" if self.block else ""
-        packed = ", triangles alone kept" if self.packed else ""
         return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}{blocks}{packed}"
+
+    @property
+    def _of(self) -> str:
+        return "rows" if self.sampling == Sampling.__name__ else "examples, run by themselves"
 
     @property
     def part(self) -> str:
@@ -83,9 +90,9 @@ class Choice:
         if method.fitted and self.search != FIT:
             parts += ["lr=0.1", *(["momentum=0.9"] if method.scheduled else []), "search=ng.KLClip(1e-3)"]
         kept = [
-            *([f"sampling=ng.Sampling({self.part})"] if self.fraction != 1.0 else []),
+            *([f"sampling=ng.{self.sampling}({self.part})"] if self.fraction != 1.0 else []),
             *([f"widths=ng.WidthLimits(full={self.block}, block={self.block})"] if self.block else []),
-            *(["storage=ng.Packed()"] if self.packed else []),
+            *([f"storage=ng.{self.storage}()"] if self.storage != Unpacked.__name__ else []),
         ]
         if kept:
             parts.append(f"structure=ng.{type(method.structure).__name__}({', '.join(kept)})")

@@ -18,14 +18,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from natgrad.metric import BlockDiagonal, Dense, Diagonal, EigenKronecker, Gram, Kronecker, MatrixFree, Structure
+from natgrad.metric import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    Gram,
+    Kronecker,
+    MatrixFree,
+    Sampling,
+    Structure,
+    SubBatch,
+)
 from natgrad.metric.widths import Side
 from natgrad.planning.layers import Layer, Passes
 from natgrad.planning.shapes import BlockShapes
+from natgrad.planning.transient import transient_gram, transient_moments, transient_products
 from natgrad.planning.work import Work, eigh, gemm, gram, inverse, memory, repeated
 
-_CHUNK = 64 * 2**20
-_KEPT = 256 * 2**20
 # Passes over a moment until it is in its average: mean, check that it is finite, selection, weighted sum.
 _AVERAGING = 9
 # Passes over the parameters of every step: packing, unpacking, inner products, the update itself.
@@ -168,7 +178,6 @@ def costs_of(
     shapes: Sequence[BlockShapes],
     structure: Structure,
     *,
-    fraction: float = 1.0,
     iterations: int = 20,
     fitted: bool = False,
 ) -> Costs:
@@ -178,7 +187,6 @@ def costs_of(
         passes: forward and backward pass.
         shapes: what the structure keeps (of the same model).
         structure: what is estimated.
-        fraction: part of the rows that statistics are taken of.
         iterations: products that conjugate gradients take (matrix-free).
         fitted: whether the search is ``QuadraticFit``; otherwise it takes one product with the metric.
     """
@@ -189,19 +197,25 @@ def costs_of(
     if isinstance(structure, MatrixFree):
         product = (*repeated(passes.forward, 2), *passes.backward, memory(size, 6))
         each = (*passes.forward, *passes.backward, *repeated(product, iterations), *stepping, *search)
-        return Costs((), (), each, _transient_products(passes, size))
+        return Costs((), (), each, transient_products(passes, size))
     if isinstance(structure, Gram):
-        return Costs((), (), (*sampled, *_gram(passes), *stepping, *search), _transient_gram(passes, size))
+        return Costs(
+            (), (), (*sampled, *_gram(passes), *stepping, *search), transient_gram(passes, size, fitted=fitted)
+        )
     own = [o for layer in passes.layers for o in layer_statistics(layer, structure)]
     if isinstance(structure, Dense):
         sides = [s.averages["matrix"][0] for s in shapes]
         own += [gemm(n, passes.layers[0].examples, n) for n in sides]
     moments = sum(s.entries for s in shapes)
+    sampling = structure.sampling if isinstance(structure, Kronecker) else Sampling()
+    fraction = sampling.fraction
+    if isinstance(sampling, SubBatch) and fraction < 1:  # the picked examples are run by themselves
+        sampled = (*repeated(passes.forward, fraction), *repeated(sampled, fraction))
     statistics = (*sampled, *repeated(own, fraction), memory(moments, _AVERAGING))
     application = tuple(o for s in shapes for o in block_application(s))
     each = (*application, *stepping, *(search if fitted else application))
     refresh = tuple(block_refresh(s, structure) for s in shapes)
-    return Costs(statistics, refresh, each, _transient_moments(passes, shapes, structure, size, fraction))
+    return Costs(statistics, refresh, each, transient_moments(passes, shapes, structure, size, fitted=fitted))
 
 
 def _gram(passes: Passes) -> Work:
@@ -224,50 +238,6 @@ def _gram(passes: Passes) -> Work:
     return (*work, inverse(n))
 
 
-def _transient_moments(
-    passes: Passes, shapes: Sequence[BlockShapes], structure: Structure, size: int, fraction: float
-) -> int:
-    """The larger of: rows of all layers beside the moments of the batch; those moments, their means and new averages;
-    new inverses beside the old ones; vectors of a step."""
-    item = shapes[0].dtype.itemsize
-    moments = sum(s.entries for s in shapes) * item
-    largest = max(s.entries for s in shapes) * item
-    seen = rows_bytes(passes, item) * fraction + passes.outputs * item * 2
-    if isinstance(structure, (Diagonal, EigenKronecker)):
-        seen += min(_CHUNK, max(layer.examples * layer.geometry.cell.size for layer in passes.layers) * item)
-    if isinstance(structure, Dense):
-        seen += passes.layers[0].examples * size * item * 2
-    inverses = sum(s.inverse_bytes + sum(shape.numel() for shape in s.bases) * item for s in shapes)
-    return int(max(seen + moments, 2 * moments + 2 * largest, inverses + 2 * largest) + 4 * size * item)
-
-
-def rows_bytes(passes: Passes, item: int) -> int:
-    """Inputs with their homogeneous coordinate, and output gradients, of all layers."""
-    total = 0
-    for layer in passes.layers:
-        g = layer.geometry
-        if g.groups:
-            total += layer.rows * g.groups * (g.outputs + (0 if g.embedding else g.inputs))
-        else:
-            total += layer.examples * g.inputs
-    return total * item
-
-
-def _transient_gram(passes: Passes, size: int) -> int:
-    n, formed = passes.layers[0].examples, 0
-    for layer in passes.layers:
-        rows = n * layer.geometry.cell.size * 4
-        formed += rows if layer.positions > 1 and rows <= _KEPT else 0
-    return int(rows_bytes(passes, 4) + formed + 3 * 4 * n * n + 4 * 4 * size)
-
-
-def _transient_products(passes: Passes, size: int) -> int:
-    """A second graph of the pass, and the vectors of conjugate gradients."""
-    held = sum(layer.rows * max(1, layer.geometry.outputs * layer.geometry.groups) for layer in passes.layers)
-    return int(4 * (3 * held + 8 * size))
-
-
 __all__ = [
     "BlockDiagonal", "Costs", "block_application", "block_refresh", "costs_of", "fit_of", "layer_statistics",
-    "rows_bytes",
 ]  # fmt: skip

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Kronecker, Structure
+from natgrad.metric import Structure
 from natgrad.planning.choice import Choice
 from natgrad.planning.inspection import examined, passes_of
 from natgrad.planning.limits import Limits
 from natgrad.planning.methods import METHODS, method_of
 from natgrad.planning.profile import Profile
 from natgrad.planning.recommend import recommend
-from natgrad.planning.schedules import freshest, searches
+from natgrad.planning.schedules import described, freshest, searches
 from natgrad.planning.shapes import block_shapes, state_bytes
 from natgrad.planning.timing import Timing
 
@@ -138,7 +138,7 @@ def predict(
     """Memory and time of one structure with a schedule of one's own; see :func:`plan` for the other arguments.
 
     Args:
-        structure: a structure, with the ``Sampling`` that it has, or its short name.
+        structure: a structure, with its sampling, widths and storage, or its short name.
         statistics, inverse: intervals in steps, as in ``Refresh``; both 1 where a structure renews all at every step.
         refresh: ``"Refresh"`` or ``"Staggered"``.
         search: ``"QuadraticFit"``, ``"KLClip"`` or ``"TrustRegion"``; None: the preset's own.
@@ -147,9 +147,8 @@ def predict(
     meta, passes = passes_of(model, batch, tokens, inputs)
     shapes = block_shapes(meta, method.structure, examined(model, method.structure, inputs))
     search = search or searches(method)[0]
-    part = method.structure.sampling.fraction if isinstance(method.structure, Kronecker) else 1.0
-    rates = Timing.of_model(model, meta, passes, profile).rates(method, shapes, search, part)
+    rates = Timing.of_model(model, meta, passes, profile).rates(method, shapes, search)
     state = state_bytes(meta, method, search, shapes)
-    base = Choice(method.name, method.preset, search, fraction=part, state=state)
+    base = Choice(method.name, method.preset, search, **described(method.structure), state=state)
     intervals = (statistics, inverse) if method.scheduled else (1, 1)
     return rates.at(base, *intervals, refresh)

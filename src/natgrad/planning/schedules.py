@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from natgrad.errors import ArgumentError
-from natgrad.metric import Kronecker, Packed, WidthLimits
+from natgrad.metric import Kronecker, Packed, Sampling, Structure, SubBatch, Unpacked, WidthLimits
 from natgrad.planning.choice import CLIP, FIT, RADIUS, SPREAD, TOGETHER, Choice
 from natgrad.planning.limits import Limits, value
 from natgrad.planning.methods import Method
-from natgrad.planning.shapes import block_shapes, state_bytes
+from natgrad.planning.shapes import BlockShapes, block_shapes, state_bytes
 from natgrad.planning.timing import Timing
 
 _INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 _FRACTIONS = (1.0, 1 / 4, 1 / 16)
+_FEWEST = 16  # examples of a part that is run by itself
 _BLOCKS = (4096, 1024, 256)
 
 
@@ -37,20 +39,14 @@ class Found:
 def freshest(meta: nn.Module, method: Method, timing: Timing, limits: Limits, uncovered: Mapping[str, str]) -> Found:
     """The schedule of one structure on ``meta``."""
     every: list[Choice] = []
-    for block, packed in _kept(method, timing, limits):
-        varied = _varied(method, block, packed)
+    for kept in _kept(method, timing, limits):
         try:
-            shapes = block_shapes(meta, varied.structure, uncovered)
+            shapes = block_shapes(meta, kept.structure, uncovered)
         except ArgumentError as error:
             return Found(Choice(method.name, method.preset, problem=str(error).partition(". ")[0] + "."), {})
         for search in searches(method):
-            state = state_bytes(meta, method, search, shapes)
-            base = Choice(method.name, method.preset, search, block=block, packed=packed, state=state)
-            rates = {f: timing.rates(varied, shapes, search, f) for f in _fractions(method)}
-            every += [
-                rates[f].at(replace(base, fraction=f), statistics, inverse, refresh)
-                for statistics, inverse, f, refresh in _grid(method)
-            ]
+            base = Choice(method.name, method.preset, search, state=state_bytes(meta, method, search, shapes))
+            every += _scheduled(base, kept, timing, shapes)
         if limits.excess(min(every, key=limits.excess)) <= 1:
             break
     choice = min(every, key=limits.excess)  # of equals the first, which is the freshest
@@ -58,13 +54,15 @@ def freshest(meta: nn.Module, method: Method, timing: Timing, limits: Limits, un
     return Found(replace(choice, problem=limits.problem(choice)), least)
 
 
-def _kept(method: Method, timing: Timing, limits: Limits) -> Iterator[tuple[int, bool]]:
-    """Width of blocks and whether matrices are packed, in the order of what it costs: triangles lose nothing."""
-    packed = limits.memory is not None
-    yield 0, False
+def _kept(method: Method, timing: Timing, limits: Limits) -> Iterator[Method]:
+    """The method as it is; under limits, too, with factors and inverses packed, and with ever smaller blocks."""
+    yield method
     if isinstance(method.structure, Kronecker) and limits.names:
-        yield from ((0, True),) if packed else ()
-        yield from ((block, packed) for block in _blocks(timing))
+        packed = [Packed()] if limits.memory is not None else []
+        for block in (0, *_blocks(timing)):
+            widths = WidthLimits(full=block, block=block) if block else method.structure.widths
+            for storage in [*([Unpacked()] if block else []), *packed]:
+                yield replace(method, structure=replace(method.structure, widths=widths, storage=storage))
 
 
 def _blocks(timing: Timing) -> list[int]:
@@ -75,13 +73,47 @@ def _blocks(timing: Timing) -> list[int]:
     return [b for b in _BLOCKS if any(n > b for n in square)]
 
 
-def _varied(method: Method, block: int, packed: bool) -> Method:
-    """The method with factors of at most this width (0: of any), of each of which one triangle is kept."""
-    structure = method.structure
-    if isinstance(structure, Kronecker):
-        structure = replace(structure, storage=Packed()) if packed else structure
-        structure = replace(structure, widths=WidthLimits(full=block, block=block)) if block else structure
-    return replace(method, structure=structure)
+def _scheduled(base: Choice, method: Method, timing: Timing, shapes: Sequence[BlockShapes]) -> Iterator[Choice]:
+    """``base`` with every schedule, from the freshest on: each doubling of an interval counts as much, half as much
+    that of a fraction, and a quarter of it whole examples instead of positions."""
+    least = method.intervals[1]
+
+    def staleness(part: Sampling, s: int, i: int) -> float:
+        return math.log2(s) + math.log2(i / least) - 0.5 * math.log2(part.fraction) + 0.25 * isinstance(part, SubBatch)
+
+    rates = {}
+    for part in _parts(method, timing):
+        structure = method.structure
+        used = (
+            replace(method, structure=replace(structure, sampling=part)) if isinstance(structure, Kronecker) else method
+        )
+        rates[part] = timing.rates(used, shapes, base.search), replace(base, **described(used.structure))
+    grid = sorted(((staleness(part, s, i), s, i, part) for part in rates for s, i in _intervals(method)),
+                  key=lambda g: g[:2])  # fmt: skip
+    for _, s, i, part in grid:
+        found, like = rates[part]
+        yield found.at(like, s, i, TOGETHER)
+        if i > 1 and least > 1:
+            yield found.at(like, s, i, SPREAD)
+
+
+def _parts(method: Method, timing: Timing) -> list[Sampling]:
+    if not isinstance(method.structure, Kronecker):
+        return [Sampling()]
+    examples = timing.passes.layers[0].examples
+    # Whole examples: of few there would be too few, and some models cannot run them by themselves.
+    whole = [f for f in _FRACTIONS if f < 1 and f * examples >= _FEWEST and not timing.coupled]
+    return [*map(Sampling, _FRACTIONS), *map(SubBatch, whole)]
+
+
+def described(structure: Structure) -> dict[str, Any]:
+    """The fields of a :class:`Choice` that tell of a structure."""
+    if not isinstance(structure, Kronecker):
+        return {}
+    widths, sampling, storage = structure.widths, structure.sampling, structure.storage
+    block = 0 if widths == WidthLimits() else widths.block
+    return {"fraction": sampling.fraction, "sampling": type(sampling).__name__, "storage": type(storage).__name__,
+            "block": block}  # fmt: skip
 
 
 def searches(method: Method) -> tuple[str, ...]:
@@ -91,26 +123,13 @@ def searches(method: Method) -> tuple[str, ...]:
     return (FIT, CLIP) if method.fitted else (CLIP,)
 
 
-def _fractions(method: Method) -> tuple[float, ...]:
-    return _FRACTIONS if isinstance(method.structure, Kronecker) else (1.0,)
-
-
-def _grid(method: Method) -> Iterator[tuple[int, int, float, str]]:
-    """Intervals, fractions and kinds of schedule, from the freshest on: each doubling of an interval counts as much,
-    and inverses from the preset's own interval on."""
+def _intervals(method: Method) -> Iterator[tuple[int, int]]:
+    """Intervals of statistics and inverses: the latter from the preset's own on."""
     if not method.scheduled:
-        yield 1, 1, 1.0, TOGETHER
+        yield 1, 1
         return
     least = method.intervals[1]
-    grid = [
-        (s, i, f)
-        for s in _INTERVALS
-        for i in _INTERVALS
-        for f in _fractions(method)
-        if i >= least and (i == s or (i % s == 0 and least > 1))
-    ]
-    grid.sort(key=lambda g: (math.log2(g[0]) + math.log2(g[1] / least) - 0.5 * math.log2(g[2]), g[0]))
-    for s, i, f in grid:
-        yield s, i, f, TOGETHER
-        if i > 1 and least > 1:
-            yield s, i, f, SPREAD
+    for s in _INTERVALS:
+        for i in _INTERVALS:
+            if i >= least and (i == s or (i % s == 0 and least > 1)):
+                yield s, i

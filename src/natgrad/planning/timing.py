@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from natgrad.distributed import owners
 from natgrad.planning.choice import FIT, SPREAD, TOGETHER, Choice
@@ -26,12 +27,21 @@ _RARE = 0.01
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of passes and of what a structure adds to them, on one device."""
+    """Seconds of passes and of what a structure adds to them, on one device.
+
+    Args:
+        passes: forward and backward pass.
+        profile: the device.
+        dtype: of the parameters.
+        size: trainable numbers.
+        coupled: whether examples of a batch see each other (BatchNorm), so that none can be run by itself.
+    """
 
     passes: Passes
     profile: Profile
     dtype: torch.dtype
     size: int
+    coupled: bool = False
 
     @staticmethod
     def of_model(model: nn.Module, meta: nn.Module, passes: Passes, profile: Profile | str | Path | None) -> Timing:
@@ -39,7 +49,8 @@ class Timing:
         if not isinstance(profile, Profile):
             device = next(model.parameters()).device
             profile = profile_of(device, None if profile is None else Path(profile))
-        return Timing(passes, profile, parameters[0].dtype, sum(p.numel() for p in parameters))
+        coupled = any(isinstance(m, _BatchNorm) for m in model.modules())
+        return Timing(passes, profile, parameters[0].dtype, sum(p.numel() for p in parameters), coupled)
 
     @property
     def sgd(self) -> float:
@@ -47,11 +58,9 @@ class Timing:
         update = memory(self.size, _SGD_PASSES, itemsize=self.dtype.itemsize)
         return self.profile.seconds((*self.passes.forward, *self.passes.backward, update), self.dtype)
 
-    def rates(self, method: Method, shapes: Sequence[BlockShapes], search: str, fraction: float) -> Rates:
-        """What a structure takes with this search, and with statistics of this part of the rows."""
-        costs = costs_of(
-            self.passes, shapes, method.structure, fraction=fraction, iterations=method.iterations, fitted=search == FIT
-        )
+    def rates(self, method: Method, shapes: Sequence[BlockShapes], search: str) -> Rates:
+        """What a structure takes with this search."""
+        costs = costs_of(self.passes, shapes, method.structure, iterations=method.iterations, fitted=search == FIT)
         return Rates(self.sgd, *self._of(costs), costs.transient, {s.block.name: renewal_cost(s) for s in shapes})
 
     def _of(self, costs: Costs) -> tuple[float, tuple[float, ...], float]:
