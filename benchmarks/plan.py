@@ -172,7 +172,7 @@ def compare(name: str, profile: Profile, plan: Plan, methods: tuple[str, ...]) -
                     states[method],
                     choice.transient,
                     held_in_step[method],
-                )  # fmt: skip
+                )
             )
     return lines
 

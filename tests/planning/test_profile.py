@@ -117,7 +117,6 @@ def test_seconds_of_operations():
     assert SIMPLE.seconds([gemm(8, 8, 4000)]) == pytest.approx(1e-6 + 2 * 64 * 4000 / 1e9)
     assert SIMPLE.seconds([gemm(8, 512, 512)]) == pytest.approx(1e-6 + 2 * 8 * 512 * 512 / 2e9)
     assert SIMPLE.seconds([gemm(8, 8, 4000)], torch.bfloat16) < SIMPLE.seconds([gemm(8, 8, 4000)])
-    assert SIMPLE.seconds([inverse(16)]) == pytest.approx(1e-6 + 1e-6)
     assert SIMPLE.seconds([inverse(128)]) == pytest.approx(1e-6 + 64e-6 * 8)
 
 
@@ -125,4 +124,12 @@ def test_between_measured_sizes_in_logarithms():
     table = {"10": 1.0, "1000": 100.0}
     assert _interpolated(table, 100) == pytest.approx(10.0)
     assert (_interpolated(table, 1), _interpolated(table, 5000)) == (1.0, 100.0)
-    assert _scaled(table, 2000) == pytest.approx(800.0)
+    # Beyond them with the power of the last two, but no less than 2.5 and no more than 3.
+    assert _scaled(table, 2000) == pytest.approx(100 * 2**2.5)
+    assert _scaled({"10": 1.0, "20": 2**2.8}, 80) == pytest.approx(2**2.8 * 4**2.8)
+    assert _scaled({"10": 1.0, "20": 16.0}, 40) == pytest.approx(16 * 8)
+    assert _scaled({"10": 1.0}, 20) == pytest.approx(8)
+
+
+def test_no_inverse_is_faster_than_products():
+    assert SIMPLE.seconds([inverse(16)]) == pytest.approx(1e-6 + 16**3 / 4e9)

@@ -20,12 +20,12 @@ import torch
 from natgrad.errors import ArgumentError
 from natgrad.planning.work import Operation
 
-VERSION = 1
+VERSION = 2
 """Of the file's contents; a profile of another version is measured anew."""
 
 _SIZES = (8, 32, 128, 512, 1536)
-_FACTORS = (16, 64, 256, 1024)
-_ALWAYS = 256  # factorisations up to here are measured on the slowest machine: larger ones are told from them
+_FACTORS = (16, 64, 256, 512, 1024)
+_ALWAYS = 512  # factorisations up to here are measured on the slowest machine: larger ones are told from them
 _BYTES = (2**16, 2**20, 2**24, 2**26)
 _LONG = 1024
 _SECONDS = 2.6
@@ -73,7 +73,9 @@ class Profile:
         if operation.kind == "gemm":
             rates = self.gemm.get(_name(dtype)) or self.gemm["float32"]
             return self.call + max(moved, operation.flops / _rate(rates, *operation.shape))
-        return self.call + _scaled(getattr(self, operation.kind), operation.shape[0])
+        # An inverse is no faster than its n³ operations at the best rate of products.
+        least = 0.0 if operation.kind != "inverse" else operation.flops / max(self.gemm["float32"].values())
+        return self.call + max(least, _scaled(getattr(self, operation.kind), operation.shape[0]))
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
@@ -237,10 +239,10 @@ class _Clock:
         times = []
         for _ in range(repeats + 1):
             self._wait()
-            start = time.perf_counter()
+            start = self._now()
             run()
             self._wait()
-            times.append(time.perf_counter() - start)
+            times.append(self._now() - start)
             if self.over(0.9) or times[-1] > 0.05 * (self.deadline - self.start):
                 break
         return max(min(times[1:] or times), 1e-9)
@@ -248,11 +250,20 @@ class _Clock:
     def product(
         self, matrix: Callable[..., torch.Tensor], small: int, middle: int, dtype: torch.dtype, call: float
     ) -> float:
-        """Operations a second of a product whose smallest extents are these."""
+        """Operations a second of a product whose smallest extents are these.
+
+        The smallest is that of the result: as a sum over so few, a product takes the time of writing its result, which
+        is told from the bandwidth.
+        """
         long = max(_LONG, middle)
-        left, right = matrix(long, small, dtype=dtype), matrix(small, middle, dtype=dtype)
+        left, right = matrix(small, middle, dtype=dtype), matrix(middle, long, dtype=dtype)
         took = self.least(lambda: torch.mm(left, right), 3)
         return 2.0 * long * small * middle / max(took - call, 0.1 * took)
+
+    def _now(self) -> float:
+        """Processor time where one thread does all the work: other processes have no part in it."""
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -286,6 +297,14 @@ def _interpolated(table: dict[str, float], at: float) -> float:
 
 
 def _scaled(table: dict[str, float], n: int) -> float:
-    """Seconds of a factorisation: interpolated, and with n³ beyond the largest size measured."""
-    last = max(int(key) for key in table)
-    return _interpolated(table, n) if n <= last else table[str(last)] * (n / last) ** 3
+    """Seconds of a factorisation: interpolated, and beyond the largest size measured with the power of n of the last
+    two, between 2.5 and 3: it still gains on smaller ones there."""
+    points = sorted((int(key), seconds) for key, seconds in table.items())
+    last, seconds = points[-1]
+    if n <= last:
+        return _interpolated(table, n)
+    power = 3.0
+    if len(points) > 1:
+        (a, low), (b, high) = points[-2:]
+        power = min(3.0, max(2.5, math.log(high / low) / math.log(b / a)))
+    return seconds * (n / last) ** power
