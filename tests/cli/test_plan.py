@@ -95,18 +95,9 @@ def test_plan_prints_a_program_with_the_task_s_likelihood():
 
 
 def test_limits_that_nobody_keeps_are_named_and_exit_with_code_1():
-    arguments = (
-        "plan",
-        "cli_models:plain",
-        "--batch",
-        "64",
-        "--max-overhead",
-        "0.1%",
-        "--max-memory",
-        "10",
-        "--profile",
-    )
-    result = run(*arguments, "p.json")
+    limits = ("--max-overhead", "0.1%", "--max-memory", "10")
+    arguments = ("plan", "cli_models:plain", "--batch", "64", *limits, "--profile", "p.json")
+    result = run(*arguments)
     assert result.exit_code == 1 and "* recommended" not in result.output
     for text in ("1.001 × SGD's time is kept by none: the least is", "10 B of state is kept by none", "The nearest is"):
         assert text in result.output

@@ -176,6 +176,8 @@ def test_predictions_know_of_sampling_and_of_schedules():
     args = dict(batch=4096, search="KLClip", profile=MADE_UP)
     whole = predict(deep(), ng.Kronecker(), **args)
     part = predict(deep(), ng.Kronecker(sampling=ng.Sampling(1 / 16)), **args)
-    assert part.fraction == 1 / 16 and part.seconds < whole.seconds and part.transient < whole.transient
+    assert part.fraction == 1 / 16 and part.seconds < whole.seconds
+    alone = predict(deep(), ng.Kronecker(sampling=ng.SubBatch(1 / 16)), **args)
+    assert alone.sampling == "SubBatch" and alone.seconds < part.seconds and alone.transient < whole.transient
     spread = predict(deep(), ng.Kronecker(), refresh="Staggered", **args)
     assert spread.seconds == pytest.approx(whole.seconds) and spread.p99 < whole.p99
