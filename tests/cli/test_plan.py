@@ -101,7 +101,7 @@ def test_limits_that_nobody_keeps_are_named_and_exit_with_code_1():
     assert result.exit_code == 1 and "* recommended" not in result.output
     for text in ("1.001 × SGD's time is kept by none: the least is", "10 B of state is kept by none", "The nearest is"):
         assert text in result.output
-    data = json.loads(run(*arguments, "p.json", "--json").output)
+    data = json.loads(run(*arguments, "--json").output)
     assert data["recommended"] is None and data["nearest"] in {c["name"] for c in data["choices"]}
 
 

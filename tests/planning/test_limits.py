@@ -95,7 +95,7 @@ def test_wide_factors_get_blocks_where_square_ones_do_not_fit():
     whole = plan(model, batch=256, profile=MADE_UP)["kfac"]
     assert whole.block == 0 and "WidthLimits" not in whole.code
     packed = plan(model, batch=256, max_memory=whole.state - 1, profile=MADE_UP)["kfac"]
-    assert (packed.block, packed.storage) == (0, "Packed") and packed.state < whole.state and not packed.problem
+    assert (packed.block, packed.packed) == (0, True) and packed.state < whole.state and not packed.problem
     found = plan(model, batch=256, max_memory=packed.state - 1, profile=MADE_UP)["kfac"]
     assert found.block == 1024 and found.state < packed.state and not found.problem
     assert "structure=ng.Kronecker(widths=ng.WidthLimits(full=1024, block=1024)" in found.code
@@ -163,7 +163,7 @@ def check_program(choice: Choice) -> None:
     assert isinstance(metric, Fisher) and type(optimizer._search).__name__ == choice.search
     if choice.name in ("kfac", "ekfac"):
         assert metric.structure.sampling == getattr(ng, choice.sampling)(choice.fraction)
-        assert metric.structure.storage == getattr(ng, choice.storage)()
+        assert isinstance(metric.structure.storage, ng.Packed) == choice.packed
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         optimizer.zero_grad()

@@ -77,7 +77,7 @@ def test_a_limit_of_memory_leaves_out_what_is_larger():
     assert found.recommended not in (None, "kfac", "ekfac")
     assert found.best.state <= limit
     exactly = plan(deep(), batch=4096, max_memory=whole["kfac"].state, profile=MADE_UP)
-    assert exactly["kfac"].problem == "" and exactly["kfac"].storage == "Unpacked"
+    assert exactly["kfac"].problem == "" and not exactly["kfac"].packed
 
 
 def test_the_exact_structure_where_it_is_no_dearer():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from natgrad.metric import Sampling, Unpacked
+from natgrad.metric import Sampling
 from natgrad.metric.running import Refresh, Staggered
 from natgrad.planning.methods import METHODS
 
@@ -25,7 +25,7 @@ class Choice:
         refresh: ``"Refresh"``, or ``"Staggered"`` where the renewals of different layers are spread over the interval.
         fraction: part of the rows that statistics are taken of.
         sampling: how that part is picked: ``"Sampling"`` (positions), or ``"SubBatch"`` (examples, run by themselves).
-        storage: ``"Unpacked"``, or ``"Packed"``: one triangle of every factor and inverse.
+        packed: whether one triangle is kept of each factor and inverse, as ``Packed()`` does.
         block: widest square factor, and width of the blocks that wider ones are divided into; 0 as ``WidthLimits()``.
         state: bytes of the optimizer's state: exact.
         transient: bytes held during a step beyond state, gradients and autograd's own: an estimate.
@@ -45,7 +45,7 @@ class Choice:
     refresh: str = TOGETHER
     fraction: float = 1.0
     sampling: str = Sampling.__name__
-    storage: str = Unpacked.__name__
+    packed: bool = False
     block: int = 0
     state: int = 0
     transient: int = 0
@@ -68,7 +68,7 @@ class Choice:
             return ""
         part = "" if self.fraction == 1.0 else f" from {self.part} of the {self._of}"
         spread = ", spread over the steps" if self.refresh == SPREAD else ""
-        packed = ", kept packed" if self.storage != Unpacked.__name__ else ""
+        packed = ", triangles alone kept" if self.packed else ""
         blocks = f", factors in blocks of at most {self.block}" if self.block else ""
         return f"statistics {_every(self.statistics)}{part}, inverses {_every(self.inverse)}{spread}{blocks}{packed}"
 
@@ -92,7 +92,7 @@ class Choice:
         kept = [
             *([f"sampling=ng.{self.sampling}({self.part})"] if self.fraction != 1.0 else []),
             *([f"widths=ng.WidthLimits(full={self.block}, block={self.block})"] if self.block else []),
-            *([f"storage=ng.{self.storage}()"] if self.storage != Unpacked.__name__ else []),
+            *(["storage=ng.Packed()"] if self.packed else []),
         ]
         if kept:
             parts.append(f"structure=ng.{type(method.structure).__name__}({', '.join(kept)})")

@@ -112,8 +112,8 @@ def described(structure: Structure) -> dict[str, Any]:
         return {}
     widths, sampling, storage = structure.widths, structure.sampling, structure.storage
     block = 0 if widths == WidthLimits() else widths.block
-    return {"fraction": sampling.fraction, "sampling": type(sampling).__name__, "storage": type(storage).__name__,
-            "block": block}  # fmt: skip
+    return {"fraction": sampling.fraction, "sampling": type(sampling).__name__,
+            "packed": isinstance(storage, Packed), "block": block}  # fmt: skip
 
 
 def searches(method: Method) -> tuple[str, ...]:
