@@ -7,7 +7,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-slow check format bench bench-plan bench-budget bench-rl docs clean
+.PHONY: run test test-slow check format bench bench-plan bench-budget bench-target bench-rl docs clean
 
 run: .venv/.installed-run
 	$(BIN)/natgrad compare digits --budget 3s --seeds 3 --threads 1 --out runs/digits
@@ -39,6 +39,9 @@ bench-plan: .venv/.installed-dev
 DATA ?= /usr/share/datasets/fashion-mnist
 bench-budget: .venv/.installed-dev
 	$(BIN)/python benchmarks/budget.py --data $(DATA)
+
+bench-target: .venv/.installed-dev
+	$(BIN)/python benchmarks/time_to_target.py
 
 bench-rl: .venv/.installed-dev
 	@$(PIP) --editable '.[bench]'
