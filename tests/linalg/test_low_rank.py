@@ -188,3 +188,76 @@ def test_half_precision_roots_are_inverted_in_float32(dtype: torch.dtype) -> Non
     dense = root.double() @ root.double().mT + 0.1 * eye(20)
     close(inverse.to_dense(), torch.linalg.inv(dense), 1e-4)
     close(la.LowRankMatrix(root).logdet(damping=0.1), torch.logdet(dense), 1e-4)
+
+
+SWEEP = [10.0**k for k in range(-8, 3)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("damping", SWEEP)
+def test_float32_is_nearly_as_good_as_with_a_correction_of_every_vector(damping: float, share: float) -> None:
+    # ``share`` of the vector's norm lies in the range of U, where the textbook formula cancels.
+    singular = torch.logspace(-1, 0.5, 20, dtype=torch.float64)
+    root, basis = root_with(singular, 300)
+    root, inside = root.float(), basis @ randn(20, seed=4)
+    outside = randn(300, seed=5)
+    outside -= basis @ (basis.mT @ outside)
+    b = (share * inside / inside.norm() + (1 - share**2) ** 0.5 * outside / outside.norm()).float()
+    exact, large = root.double(), b.double()  # the oracle solves for the very numbers that float32 was given
+    x = torch.linalg.solve(exact @ exact.mT + damping * eye(300), large)
+    inverse = la.LowRankMatrix(root).inverse(damping=damping).operator
+    assert isinstance(inverse, la.WoodburyInverse)
+    always = la.WoodburyInverse(root, inverse.factor, damping, inverse.corrections)
+
+    def errors(found: Tensor) -> tuple[Tensor, Tensor]:
+        off = found.double() - x
+        return off.norm() / x.norm(), (exact.mT @ off).norm() / (exact.mT @ x).norm().clamp_min(1e-30)
+
+    (error, seen), (corrected, corrected_seen) = errors(inverse.matvec(b)), errors(always.matvec(b))
+    assert error <= 2 * corrected + 2e-6
+    assert share == 0.0 or seen <= 2 * corrected_seen + 1e-4
+
+
+class Counting(la.LinearOperator):
+    """A root that counts its products with vectors."""
+
+    def __init__(self, root: Tensor) -> None:
+        super().__init__((root.shape[0], root.shape[1]), root.dtype, root.device)
+        self.root, self.products = root, 0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return v @ self.root.mT
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return v @ self.root
+
+    def gram(self) -> Tensor:
+        return self.root.mT @ self.root
+
+
+def test_only_what_cancels_is_corrected() -> None:
+    singular = torch.logspace(-1, 0.5, 20, dtype=torch.float64)
+    root, _ = root_with(singular, 300)
+    counting = Counting(root.float())
+    matrix = la.LowRankMatrix(counting)
+
+    def products(b: Tensor, damping: float) -> int:
+        before = counting.products
+        matrix.solve(b.float(), damping=damping)
+        return counting.products - before
+
+    general, inside = randn(300, seed=5), root @ randn(20, seed=4)
+    assert products(general, 1e-2) == 2
+    assert products(inside, 1e-2) == 4
+    assert products(torch.stack([general, inside], 1), 1e-2) == 4
+    assert products(general, 1e-5) == 4  # too much damage in the range for a look at the norm to tell
+    assert products(inside, 1e2) == 2
+
+
+def test_a_transform_that_cannot_ask_corrects_all() -> None:
+    root, _ = root_with(torch.logspace(-1, 0.5, 20, dtype=torch.float64), 300)
+    inverse = la.LowRankMatrix(root.float()).inverse(damping=1e-2)
+    rows = randn(3, 300, seed=6).float()
+    close(torch.vmap(inverse.matvec)(rows).double(), torch.stack([inverse.matvec(r) for r in rows]).double(), 1e-5)

@@ -42,5 +42,9 @@ def test_products_are_those_of_the_rows(k, groups, n, s, out, fan_in, batch, kep
     v, u = normal(*batch, r.shape[1]), normal(*batch, r.shape[0])
     torch.testing.assert_close(rows.matvec(v), v @ r.T)
     torch.testing.assert_close(rows.rmatvec(u), u @ r)
+    if len(batch) == 0:
+        b, out = normal(r.shape[1] + 1)[1:], torch.empty_like(v)
+        rows.rmatvec_plus(u, b, out)
+        torch.testing.assert_close(out, b + u @ r)
     torch.testing.assert_close(rows.scaled(2.0).matvec(v), 2 * (v @ r.T))
     torch.testing.assert_close(rows.scaled(2.0).rmatvec(u), 2 * (u @ r))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from natgrad.errors import ArgumentError, NotPositiveDefiniteError, ShapeError, UnsupportedError
 from natgrad.linalg.basic import DenseMatrix, DiagonalMatrix
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # The relative error in the range of U is about eps · tr(UᵀU)/λ; above this multiple of √eps the solve is corrected.
 _REFINE_ABOVE = 0.1
+# Up to this bound on it, eps · ‖UᵀU‖_F/λ, only vectors of which the range of U takes away more than this part.
+_RANGE_ERROR, _CANCELLED = 1e-3, 0.5
 
 
 class LowRankMatrix(LinearOperator):
@@ -82,10 +85,16 @@ class LowRankMatrix(LinearOperator):
             return Inverse(CholeskyInverse(factor), SolveReport("cholesky", jitter=jitter))
         self._require_damping(damping)
         factor, jitter = safe_cholesky(self.gram_matrix(), damping)
-        lost = torch.finfo(factor.dtype).eps ** 0.5 * self.gram_matrix().trace().to(factor.dtype)
-        refine = bool(lost > _REFINE_ABOVE * damping)
-        inverse = WoodburyInverse(self.root, factor, damping, corrections=int(refine))
+        inverse = WoodburyInverse(self.root, factor, damping, *self._corrections(factor.dtype, damping))
         return Inverse(inverse, SolveReport("woodbury", jitter=jitter))
+
+    def _corrections(self, dtype: torch.dtype, damping: float | Tensor) -> tuple[int, bool]:
+        """How often a solve is corrected, and whether only where its subtraction cancels."""
+        gram, eps = self.gram_matrix().to(dtype), torch.finfo(dtype).eps
+        if not bool(eps**0.5 * gram.trace() > _REFINE_ABOVE * damping):
+            return 0, False
+        # To ask whether it does is free on a CPU; a device would have to be waited for at every product.
+        return 1, self.device.type == "cpu" and bool(eps * torch.linalg.matrix_norm(gram) <= _RANGE_ERROR * damping)
 
     def logdet(self, *, damping: Any = 0.0, solver: Solver | None = None) -> Tensor:
         """(n − r) log λ + log det(λ I_r + UᵀU): the determinant lemma."""
@@ -138,11 +147,18 @@ class WoodburyInverse(LinearOperator):
     """(U Uᵀ + λI)⁻¹ = (I − U (λI + UᵀU)⁻¹ Uᵀ) / λ; ``factor`` is the Cholesky factor of λI + UᵀU.
 
     For λ far below ‖U‖² the subtraction cancels what lies in the range of U. There Uᵀx = (λI + UᵀU)⁻¹Uᵀb must hold;
-    each of the ``corrections`` restores it (a step of iterative refinement restricted to the range).
+    each of the ``corrections`` restores it (a step of iterative refinement restricted to the range). With
+    ``where_cancelled`` only where the subtraction leaves less than half of a vector's norm, as Gram–Schmidt is repeated
+    (Daniel, Gragg, Kaufman & Stewart 1976); where it leaves more, the error is in proportion to x.
     """
 
     def __init__(
-        self, root: Tensor | LinearOperator, factor: Tensor, damping: float | Tensor, corrections: int = 0
+        self,
+        root: Tensor | LinearOperator,
+        factor: Tensor,
+        damping: float | Tensor,
+        corrections: int = 0,
+        where_cancelled: bool = False,
     ) -> None:
         n = root.shape[0]
         super().__init__((n, n), torch.promote_types(root.dtype, factor.dtype), root.device, symmetric=True)
@@ -150,14 +166,20 @@ class WoodburyInverse(LinearOperator):
         self.factor = factor
         self.damping = damping
         self.corrections = corrections
+        self.where_cancelled = where_cancelled
 
     def matvec(self, v: Tensor) -> Tensor:
         v = self._vector(v, self.shape[1], "matvec")
         inside = self._small_solve(_contract(self.root, v))
-        x = (v - _expand(self.root, inside)) / self.damping
-        for _ in range(self.corrections):
+        x = _add_expanded(self.root, -inside, v)
+        corrections = self.corrections
+        if self.where_cancelled and _functorch.peek_interpreter_stack() is None:  # a transform could not ask
+            before, after = torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(x, dim=-1)
+            corrections *= not bool((after >= _CANCELLED * before).all())
+        x = x / self.damping if isinstance(self.damping, Tensor) else x.div_(self.damping)
+        for _ in range(corrections):
             error = _contract(self.root, x) - inside
-            x = x - _expand(self.root, self._small_solve(error))
+            x = _add_expanded(self.root, -self._small_solve(error), x)
         return x
 
     def _small_solve(self, c: Tensor) -> Tensor:
@@ -275,6 +297,13 @@ def _expand(root: Tensor | LinearOperator, c: Tensor) -> Tensor:
     if not isinstance(root, Tensor):
         return root.matvec(c)
     return torch.mv(root, c) if c.ndim == 1 else c @ root.mT
+
+
+def _add_expanded(root: Tensor | LinearOperator, c: Tensor, v: Tensor) -> Tensor:
+    """v + U c for ``c [*batch, r]``, a new tensor."""
+    if not isinstance(root, Tensor):
+        return root.matvec_plus(c, v)
+    return torch.addmv(v, root, c) if c.ndim == 1 else v + c @ root.mT
 
 
 def _dense_root(root: Tensor | LinearOperator) -> Tensor:

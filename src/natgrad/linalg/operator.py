@@ -106,6 +106,10 @@ class LinearOperator(ABC):
         pullback = torch.func.vjp(self.matvec, origin)[1]
         return pullback(v)[0]
 
+    def matvec_plus(self, v: Tensor, b: Tensor) -> Tensor:
+        """b + A v, a new tensor; for operators of parts without a copy of A v in between."""
+        return b + self.matvec(v)
+
     def _vector(self, v: Tensor, size: int, where: str) -> Tensor:
         """Check the last axis of ``v`` and cast it to the operator's dtype (a no-op when it has it)."""
         if v.ndim == 0 or v.shape[-1] != size:

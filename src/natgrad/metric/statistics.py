@@ -98,6 +98,18 @@ class JacobianRoot(LinearOperator):
         ]
         return torch.cat(parts, -1)
 
+    def matvec_plus(self, v: Tensor, b: Tensor) -> Tensor:
+        if v.ndim > 1 or v.requires_grad or b.requires_grad:
+            return super().matvec_plus(v, b)
+        u, b = v / self.normaliser.sqrt(), b.to(torch.promote_types(b.dtype, self.dtype)).contiguous()
+        out = torch.empty_like(b)
+        for rows, part, of in zip(self.rows, b.split(self.sizes), out.split(self.sizes), strict=True):
+            if rows is None:
+                of.copy_(part)
+            else:
+                rows.rmatvec_plus(u, part, of)
+        return out
+
     def rmatvec(self, v: Tensor) -> Tensor:
         out: Tensor | None = None
         for rows, part in zip(self.rows, v.split(self.sizes, -1), strict=True):

@@ -76,6 +76,10 @@ class Rows(ABC):
         """``Rᵀ u`` for ``u`` of shape ``[*batch, K·N]``: ``[*batch, p]``."""
         return u @ self.dense().flatten(0, 1)
 
+    def rmatvec_plus(self, u: Tensor, b: Tensor, out: Tensor) -> None:
+        """Write ``b + Rᵀ u`` to ``out``: ``u`` has shape ``[K·N]``, ``b`` and ``out`` (contiguous) have ``[p]``."""
+        torch.add(b, self.rmatvec(u), out=out)
+
 
 @dataclass(frozen=True)
 class DenseRows(Rows):
@@ -235,12 +239,25 @@ class LinearRows(Rows):
         k, groups, n, s, _ = self.g.shape
         if self._formed():
             return super().rmatvec(u)
-        u = u.reshape(*u.shape[:-1], k, n)
         if groups == s == 1:
-            weighted = torch.einsum("...kn,kno->...no", u, self.g[:, 0, :, 0])
-            return product(weighted.mT, self.a[0, :, 0]).flatten(-2)
+            return self._pulled(u).flatten(-2)
+        u = u.reshape(*u.shape[:-1], k, n)
         weighted = torch.einsum("...kn,kgnso->...gnso", u, self.g)
         return torch.einsum("...gnso,gnsi->...goi", weighted, self.a).flatten(-3)
+
+    def rmatvec_plus(self, u: Tensor, b: Tensor, out: Tensor) -> None:
+        if self.a.shape[0] == self.positions == 1 and not self._formed():
+            # The product may lie in padded storage: added from there, it is not copied first.
+            width = self.a.shape[-1]
+            torch.add(b.view(-1, width), self._pulled(u), out=out.view(-1, width))
+        else:
+            super().rmatvec_plus(u, b, out)
+
+    def _pulled(self, u: Tensor) -> Tensor:
+        """``Rᵀ u`` as matrices ``[*batch, out, in]``, where there is one group and one position."""
+        k, _, n, _, _ = self.g.shape
+        weighted = torch.einsum("...kn,kno->...no", u.reshape(*u.shape[:-1], k, n), self.g[:, 0, :, 0])
+        return product(weighted.mT, self.a[0, :, 0])
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from natgrad.optim.momentum import Momentum, factors
 from natgrad.optim.naming import names_here
 from natgrad.optim.observer import Observation, Observer, before_conversions, unwrapped
 from natgrad.optim.penalty import curvature_of_penalty, in_loss, penalised, shrink
-from natgrad.optim.preconditioning import at_rates, preconditioned
+from natgrad.optim.preconditioning import at_rates, preconditioned, preconditioned_vectors
 from natgrad.optim.probe import ModelProbe
 from natgrad.step import Damping, LearningRate, LevenbergMarquardt, LocalModel, QuadraticFit, Search, Step, as_damping
 from natgrad.step.local import explained, joined, rejected
@@ -674,8 +674,10 @@ class NaturalGradient(torch.optim.Optimizer):
         gradients = {n: g + decay[n] * parameters[n] if n in decay else g for n, g in gradients.items()}
         momentum, fitted = Momentum(self.state, parameters, factors(groups, self._search)), self._fitted
         averaged = momentum.averaged(gradients)
-        direction = preconditioned(curvature, averaged)
         gradient = partition.pack_present(gradients)
+        same = all(averaged[n] is g for n, g in gradients.items())  # without momentum
+        vectors = gradient if same else partition.pack_present(averaged)
+        direction = preconditioned_vectors(curvature, averaged, vectors)
         probe, loss = None, None
         if self._needs_probe():
             sign = -1.0 if common(self.param_groups, "maximize", "the loss is measured.") else 1.0

@@ -13,8 +13,12 @@ from natgrad.optim.groups import Group, rate_ratio
 
 def preconditioned(curvature: Curvature, gradients: Mapping[str, Tensor]) -> BlockVector:
     """``(F + λI)⁻¹ g`` of the blocks that have any gradient."""
+    return preconditioned_vectors(curvature, gradients, curvature.partition.pack_present(gradients))
+
+
+def preconditioned_vectors(curvature: Curvature, gradients: Mapping[str, Tensor], vectors: BlockVector) -> BlockVector:
+    """As :func:`preconditioned`, where ``gradients`` are packed already: ``vectors``, which stay as they are."""
     partition = curvature.partition
-    vectors = partition.pack_present(gradients)
     direction = curvature.preconditioned(vectors)
     found = partition.unpack(direction)
     if len(found) == len(gradients):

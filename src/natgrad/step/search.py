@@ -62,7 +62,7 @@ class LearningRate:
         length = lr * torch.ones_like(size)
         finite = torch.isfinite(size) & torch.isfinite(length)
         return Step(
-            delta={name: _where(finite, -lr * v) for name, v in direction.items()},
+            delta={name: _kept(finite, -lr * v) for name, v in direction.items()},
             accepted=finite,
             lr=torch.where(finite, length, 0.0),
             kl_predicted=None,
@@ -109,8 +109,10 @@ class KLClip:
         return _unmeasured(local, ray, torch.minimum(lr * ray.scale, boundary.to(ray.scale.dtype)))
 
 
-def _where(finite: Tensor, vector: Tensor) -> Tensor:
-    return torch.where(finite.to(vector.device), vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
+def _kept(finite: Tensor, vector: Tensor) -> Tensor:
+    """``vector`` itself, overwritten with zeros unless ``finite``."""
+    zero = torch.zeros((), dtype=vector.dtype, device=vector.device)
+    return torch.where(finite.to(vector.device), vector, zero, out=vector)
 
 
 def _unmeasured(local: LocalModel, ray: Ray, t: Tensor) -> Step:
@@ -119,7 +121,7 @@ def _unmeasured(local: LocalModel, ray: Ray, t: Tensor) -> Step:
     finite = ray.finite & torch.isfinite(t) & torch.isfinite(kl) & torch.isfinite(change)
     t = torch.where(finite, t, 0.0)
     return Step(
-        delta={name: _where(finite, v) for name, v in ray.delta(t).items()},
+        delta={name: _kept(finite, v) for name, v in ray.delta(t).items()},
         accepted=finite,
         lr=t / ray.scale,
         kl_predicted=torch.where(finite, kl, math.nan),
