@@ -102,6 +102,11 @@ class Curvature:
         if laid_out or statistics.bases or not self.operators:
             self._rebuild()  # otherwise operators see the averages change under them
 
+    def release(self) -> None:
+        """Drop what belongs to one batch alone, so that it is not held beside that of the next one."""
+        if not self.metric.averaged and not isinstance(self.metric, Euclidean):
+            self.operators, self.inverses = {}, {}
+
     def prime(self, empty: Moments, dampings: Mapping[str, Damping], solver: Solver | None) -> None:
         """Lay out averages and inverses as they will be, at zero and at 1/λ, from the moments of no data."""
         self.update(empty, torch.zeros((), dtype=torch.bool, device=empty.normaliser.device))

@@ -442,6 +442,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._last = skipped(self._damping)
             return
         self._apply(step, direction, gradients)
+        curvature.release()
         self._steps += 1
         self._count()
 
