@@ -184,22 +184,31 @@ def gram_targets(quick: bool) -> tuple[list[Target], list[Action]]:
 
 
 def basis_targets(quick: bool) -> tuple[list[Target], list[Action]]:
-    """6: renewing the eigenbases of the autoencoder's factors, beside their eigh."""
+    """6: renewing the eigenbases of the autoencoder's factors after a batch that is new, beside their eigh."""
     workload = autoencoder(width=2, batch=250) if quick else autoencoder()
     structure = ng.EigenKronecker()
     metric, model = ng.Fisher(structure=structure), workload.model()
-    with recording(model) as tape:
-        tape.output = model(workload.x)
-    partition = metric.partition(model)
-    moments = metric.statistics(tape, workload.likelihood, None, partition, generator=torch.Generator().manual_seed(0))
+    partition, generator = metric.partition(model), torch.Generator().manual_seed(0)
     from natgrad.metric.eigenbasis import completed
 
-    whole = completed(moments)  # type: ignore[arg-type]
-    means, bases = whole.means(), whole.bases
+    parts = []
+    for shift in range(0, 20, 5):  # other images, of the same kind
+        with recording(model) as tape:
+            tape.output = model(workload.x.roll(shift, 1))
+        parts.append(metric.statistics(tape, workload.likelihood, None, partition, generator=generator))
+    old = completed(parts[0] + parts[1] + parts[2])  # type: ignore[operator, arg-type]
+    new = completed(old + parts[3])  # type: ignore[operator, arg-type]
+    means, bases = new.means(), old.bases
     factors = [kinds[side] for kinds in means.values() for side in ("input", "output")]
-    target = Target(6, "renewal of all eigenbases / eigh of all factors (W1)", 0.25, lambda s: s["renewal"] / s["eigh"])
-    return [target], [
+    followed, kept = (ng.EigenKronecker(basis=ng.CholeskyQR(tolerance)) for tolerance in (0.0, 0.99))
+    return [
+        Target(6, "renewal of all eigenbases / eigh of all factors (W1)", 0.25, lambda s: s["renewal"] / s["eigh"]),
+        Target(6, "… from the bases before, CholeskyQR(tolerance=0)", 0.25, lambda s: s["followed"] / s["eigh"]),
+        Target(6, "… where they still diagonalise, and stay", 0.25, lambda s: s["kept"] / s["eigh"]),
+    ], [
         Action("renewal", lambda: structure.renewed_bases(means, bases)),
+        Action("followed", lambda: followed.renewed_bases(means, bases)),
+        Action("kept", lambda: kept.renewed_bases(means, bases)),
         Action("eigh", lambda: [torch.linalg.eigh(f) for f in factors]),
     ]  # fmt: skip
 

@@ -24,6 +24,11 @@ TRUST = {"search": ng.TrustRegion(1e-2), "lr": 2.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "kfac": {"metric": EXACT_KFAC, "damping": ng.FactoredTikhonov(1e-2), "momentum": 0.5},
     "ekfac": {"metric": ng.Fisher(ng.Exact(), ng.EigenKronecker()), "damping": 1e-2, "refresh": ng.Refresh(1, 2)},
+    "ekfac, followed": {
+        "metric": ng.Fisher(ng.Exact(), ng.EigenKronecker(basis=ng.CholeskyQR())),
+        "damping": 1e-2,
+        "refresh": ng.Refresh(1, 2),
+    },
     "kfac, packed": {
         "metric": ng.Fisher(ng.Exact(), ng.Kronecker(storage=ng.Packed(least=2))),
         "damping": ng.FactoredTikhonov(1e-2),

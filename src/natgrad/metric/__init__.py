@@ -1,5 +1,6 @@
 """Likelihood and network joined: estimates, structures, and the metrics made of them."""
 
+from natgrad.metric.bases import CholeskyQR, EighBases
 from natgrad.metric.estimate import Empirical, Estimate, Exact, Factor, MonteCarlo, Signed
 from natgrad.metric.fisher import Fisher, Metric
 from natgrad.metric.hessian import Euclidean, Hessian
@@ -15,9 +16,11 @@ __all__ = [
     "Bases",
     "Basis",
     "BlockDiagonal",
+    "CholeskyQR",
     "Dense",
     "Diagonal",
     "EigenKronecker",
+    "EighBases",
     "Empirical",
     "Estimate",
     "Euclidean",

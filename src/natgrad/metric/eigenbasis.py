@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from natgrad.linalg import BlockStacks, DiagonalMatrix
-from natgrad.linalg.psd import safe_eigh
+from natgrad.metric.bases import EighBases
 from natgrad.metric.statistics import Bases, Basis, BasisSide, Moment, Moments
 from natgrad.metric.widths import factor_of, is_table
 from natgrad.network import EmbeddingRows, LinearRows, Rows, Tape, TiedRows
@@ -77,27 +77,38 @@ def rotated_eigenvalues(eigenvalues: Tensor, old: Basis, new: Basis) -> Tensor:
     """Second moments ``s`` along the basis ``old``, carried over to the basis ``new``.
 
     A second moment that is diagonal in the old basis has the diagonal ``(Q∘Q) s`` in the new one, with ``Q`` the
-    rotation between them; its trace stays what it was.
+    rotation between them; its trace stays what it was. A side whose basis is the same tensor costs nothing.
     """
     (old_left, old_right), (left, right) = old, new
-    if left is not None and old_left is not None:
+    if left is not None and old_left is not None and left is not old_left:
         turn = (left.mT @ old_left).square()  # type: ignore[operator]
         eigenvalues = turn.premultiply(eigenvalues) if isinstance(turn, BlockStacks) else turn @ eigenvalues
-    if right is not None and old_right is not None:
+    if right is not None and old_right is not None and right is not old_right:
         eigenvalues = _times(eigenvalues, (right.mT @ old_right).square().mT)  # type: ignore[operator]
     return eigenvalues
 
 
-def eigenbasis(kinds: Mapping[str, Tensor]) -> Basis:
-    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product, from the means of its factors."""
-    inputs, outputs = _basis_of(factor_of(kinds, "input")), _basis_of(factor_of(kinds, "output"))
-    return (inputs, outputs) if is_table(kinds) else (outputs, inputs)
+def eigenbasis(kinds: Mapping[str, Tensor], old: Basis = (None, None), how: EighBases = EighBases()) -> Basis:
+    """Eigenbases ``(left, right)`` in the order of the layer's Kronecker product, from the means of its factors.
+
+    Args:
+        kinds: the means.
+        old: the bases before, in the same order; a side that is kept is the same object.
+        how: they are renewed.
+    """
+    sides = ("input", "output") if is_table(kinds) else ("output", "input")
+    left, right = (_basis_of(factor_of(kinds, side), before, how) for side, before in zip(sides, old, strict=True))
+    return left, right
 
 
-def _basis_of(factor: Tensor | DiagonalMatrix | BlockStacks) -> BasisSide:
+def _basis_of(factor: Tensor | DiagonalMatrix | BlockStacks, old: BasisSide, how: EighBases) -> BasisSide:
     if isinstance(factor, DiagonalMatrix):
         return None
-    return factor.mapped(lambda s: safe_eigh(s)[1]) if isinstance(factor, BlockStacks) else safe_eigh(factor)[1]
+    if isinstance(factor, Tensor):
+        return how.renewed(factor, old if isinstance(old, Tensor) else None)
+    before = old.stacks if isinstance(old, BlockStacks) else (None,) * len(factor.stacks)
+    new = tuple(how.renewed(f, q) for f, q in zip(factor.stacks, before, strict=True))
+    return old if all(b is q for b, q in zip(new, before, strict=True)) else BlockStacks(new)
 
 
 def _times(x: Tensor, basis: BasisSide) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from natgrad.errors import ArgumentError
 from natgrad.linalg import DiagonalMatrix, KroneckerEigen, LinearOperator
 from natgrad.linalg.packed import kronecker_of
+from natgrad.metric.bases import EighBases
 from natgrad.metric.eigenbasis import eigenbasis, kept_rows, projected, rotated_eigenvalues
 from natgrad.metric.estimate import Factor, random_signs
 from natgrad.metric.sampling import Picks, Sampling
@@ -288,7 +289,18 @@ class EigenKronecker(Kronecker):
 
     The basis of a layer that has none yet is that of the joint factors of all micro-batches of the step, so the rows of
     each (inputs and scores of the layer) are kept until then; with a known basis they are projected at once.
+
+    Args:
+        basis: how the basis is renewed: ``EighBases()``, or ``CholeskyQR(tolerance=…)`` from the one before.
+            Checkpoints of one load into the other.
     """
+
+    basis: EighBases = field(default=EighBases(), repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.basis, EighBases):
+            raise ArgumentError(f"basis={self.basis!r} was given; it must be ng.EighBases() or ng.CholeskyQR().")
 
     @property
     def aligned(self) -> bool:
@@ -345,6 +357,6 @@ class EigenKronecker(Kronecker):
             if "eigenvalues" not in kinds:
                 out[name] = kinds
                 continue
-            new[name] = eigenbasis(kinds)
+            new[name] = eigenbasis(kinds, bases[name], self.basis)
             out[name] = {**kinds, "eigenvalues": rotated_eigenvalues(kinds["eigenvalues"], bases[name], new[name])}
         return out, new
