@@ -8,7 +8,7 @@ from torch import nn
 
 from natgrad.errors import ShapeError
 from natgrad.metric import BlockDiagonal, Dense, Diagonal
-from natgrad.network import Partition, cells, trainable_parameters
+from natgrad.network import Block, Partition, cells, trainable_parameters
 from natgrad.testing import zoo
 
 STRUCTURES = [Dense(), BlockDiagonal(), Diagonal()]
@@ -77,3 +77,24 @@ def test_a_vector_of_the_wrong_length_is_one_clear_error():
     partition = partition_of(nn.Linear(3, 2), Dense())
     with pytest.raises(ShapeError, match=r"length 7 .* 8 trainable"):
         partition.split(torch.zeros(7))
+
+
+def test_cells_are_packed_side_by_side_as_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ConvTranspose1d(4, 6, 2, groups=2), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)
+    )
+    found = cells(model)
+    assert len(found) == 4
+    block = Block("all", tuple(found))
+    tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    expected = torch.cat([cell.pack(tensors) for cell in found])
+    with torch.no_grad():
+        at_once = block.pack(tensors)
+        transposed = {n: t.mT.contiguous().mT if t.dim() == 2 else t for n, t in tensors.items()}
+        assert torch.equal(block.pack(transposed), expected)
+        mixed = {n: t.double() if n == "0.bias" else t for n, t in tensors.items()}
+        assert block.pack(mixed).dtype == torch.float64
+    assert torch.equal(at_once, expected)
+    for name, t in block.unpack(at_once).items():
+        assert torch.equal(t, tensors[name])

@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from natgrad.errors import ShapeError
 from natgrad.network.layers import Layout, rule_for, why_without_rule
@@ -95,6 +96,19 @@ class Cell:
             return parts[0].reshape(*batch, -1)
         return torch.cat([t.reshape(*batch, -1) for t in parts], -1)
 
+    def pack_into(self, tensors: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the vector that :meth:`pack` gives of tensors without batch axes to ``out`` ``[size]``, contiguous."""
+        parts = [
+            self._canonical(tensors[n], s, torch.Size()) for n, s in zip(self.parameters, self.shapes, strict=True)
+        ]
+        side_by_side = bool(self.groups) and len(parts) == 2
+        rows = self.outputs if side_by_side else 1
+        matrix, start = out.view(rows, -1), 0
+        for part in parts:
+            columns = part.reshape(rows, -1)
+            matrix[:, start : start + columns.shape[1]].copy_(columns)
+            start += columns.shape[1]
+
     def unpack(self, vector: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`pack`."""
         batch = vector.shape[:-1]
@@ -136,8 +150,26 @@ class Block:
         return tuple(name for cell in self.cells for name in cell.parameters)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        if len(self.cells) > 1 and self._plain(tensors):
+            first = tensors[self.parameters[0]]
+            out = torch.empty(self.size, dtype=first.dtype, device=first.device)
+            for cell, part in zip(self.cells, out.split([cell.size for cell in self.cells]), strict=True):
+                cell.pack_into(tensors, part)
+            return out
         parts = [cell.pack(tensors) for cell in self.cells]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _plain(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors can be written side by side at once: alike, without batch axes, derivatives or
+        transforms."""
+        if torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
+            return False
+        first = tensors[self.parameters[0]]
+        return all(
+            type(t) in (Tensor, nn.Parameter) and (t.shape, t.dtype, t.device) == (shape, first.dtype, first.device)
+            for cell in self.cells
+            for t, shape in ((tensors[n], s) for n, s in zip(cell.parameters, cell.shapes, strict=True))
+        )
 
     def unpack(self, vector: Tensor) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

@@ -227,6 +227,9 @@ class LinearRows(Rows):
             return super().matvec(v)
         if groups == s == 1:
             w = v.reshape(*v.shape[:-1], out, self.a.shape[-1])
+            if k == 1 and v.ndim == 1:
+                # The other way round the product has as many columns as there are examples: rarely an odd number.
+                return torch.linalg.vecdot(product(w, self.a[0, :, 0].mT), self.g[0, 0, :, 0].mT, dim=0)
             pushed = product(self.a[0, :, 0], w.mT)  # [*batch, N, out]
             if k == 1:
                 return torch.linalg.vecdot(pushed, self.g[0, 0, :, 0])
