@@ -26,7 +26,7 @@ def train(structure: ng.Structure, steps: int) -> rl.Training:
     return rl.Training(environments, algorithm, steps=steps, setup=setup).run()
 
 
-def main(steps: int = 40_000) -> dict[str, tuple[float, float]]:
+def main(steps: int = 60_000) -> dict[str, tuple[float, float]]:
     """Train with each structure, and return the mean return of 20 episodes and the largest KL of an update."""
     results = {}
     for name, structure in STRUCTURES.items():

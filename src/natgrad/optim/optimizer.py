@@ -759,11 +759,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 for name, d in ((name, found[name]) for name in change):
                     parameters[name].add_(torch.where(accepted, d, 0.0), alpha=-float(groups[name]["lr"]))
                 change = {}
-            known = accepted.device.type == "cpu"  # then to ask waits for nothing, and spares a copy of the step
             for name, delta in change.items():
-                if not known or accepted:
-                    taken = delta if known else torch.where(accepted, delta, 0.0)
-                    parameters[name].add_(taken.to(parameters[name].dtype))
+                parameters[name].add_(torch.where(accepted, delta, 0.0).to(parameters[name].dtype))
                 if keep:
                     self.state[parameters[name]]["previous"] = delta
         self._last = replace(step, delta=None)
