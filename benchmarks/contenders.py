@@ -80,6 +80,15 @@ def _cg(iterations: int = CG_ITERATIONS) -> ng.linalg.CG:
 
 
 _CG_NOTE = f"{CG_ITERATIONS} CG iterations"
+
+
+def _clipped(model: Any, likelihood: Any, refresh: Any, structure: ng.Structure) -> ng.KFAC:
+    """K-FAC whose step is clipped, without the fit."""
+    return ng.KFAC(
+        model, likelihood, lr=0.1, momentum=0.9, search=ng.KLClip(1e-3), refresh=refresh, structure=structure
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "ngd": Preset(lambda m, p, r: ng.NGD(m, p)),
     "block": Preset(lambda m, p, r: ng.BlockNGD(m, p, refresh=r), ((1, 10),)),
@@ -88,7 +97,7 @@ PRESETS: dict[str, Preset] = {
     "newton": Preset(lambda m, p, r: ng.Newton(m, p, damping=10.0, lr=1e-3), loop="labels"),
     "kfac": Preset(lambda m, p, r: ng.KFAC(m, p, refresh=r), ((1, 10), (10, 10)), flops=_fitted_kfac_flops),
     "kfac-klclip": Preset(
-        lambda m, p, r: ng.KFAC(m, p, lr=0.1, momentum=0.9, search=ng.KLClip(1e-3), refresh=r),
+        lambda m, p, r: _clipped(m, p, r, ng.Kronecker()),
         ((1, 10), (10, 10)),
         flops=_kfac_flops,
         note="length from the metric alone: no pass to measure it",
@@ -103,28 +112,12 @@ PRESETS: dict[str, Preset] = {
         lambda m, p, r: ng.KFAC(m, p, structure=ng.Kronecker.reduce(), refresh=r), ((1, 10), (10, 10))
     ),
     "kfac-sampled": Preset(
-        lambda m, p, r: ng.KFAC(
-            m,
-            p,
-            lr=0.1,
-            momentum=0.9,
-            search=ng.KLClip(1e-3),
-            refresh=r,
-            structure=ng.Kronecker(sampling=ng.Sampling(1 / 16)),
-        ),
+        lambda m, p, r: _clipped(m, p, r, ng.Kronecker(sampling=ng.Sampling(1 / 16))),
         ((1, 10), (10, 10)),
         note="factors of a sixteenth of the positions",
     ),
     "kfac-sub-batch": Preset(
-        lambda m, p, r: ng.KFAC(
-            m,
-            p,
-            lr=0.1,
-            momentum=0.9,
-            search=ng.KLClip(1e-3),
-            refresh=r,
-            structure=ng.Kronecker(sampling=ng.SubBatch(1 / 8)),
-        ),
+        lambda m, p, r: _clipped(m, p, r, ng.Kronecker(sampling=ng.SubBatch(1 / 8))),
         ((1, 10), (10, 10)),
         note="factors of an eighth of the examples, run by themselves",
     ),
