@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import natgrad as ng
 from benchmarks.harness import Action, Row
 from benchmarks.workloads import Flops, Workload, flops_of
-from natgrad.metric import Fisher
+from natgrad.metric import Fisher, Structure
 from natgrad.metric.sampling import Share
 from natgrad.network import Pass, Tape, division_of, recording, uncovered_parameters
 
@@ -82,7 +82,7 @@ def _cg(iterations: int = CG_ITERATIONS) -> ng.linalg.CG:
 _CG_NOTE = f"{CG_ITERATIONS} CG iterations"
 
 
-def _clipped(model: Any, likelihood: Any, refresh: Any, structure: ng.Structure) -> ng.KFAC:
+def _clipped(model: Any, likelihood: Any, refresh: Any, structure: Structure) -> ng.KFAC:
     """K-FAC whose step is clipped, without the fit."""
     return ng.KFAC(
         model, likelihood, lr=0.1, momentum=0.9, search=ng.KLClip(1e-3), refresh=refresh, structure=structure

@@ -14,12 +14,13 @@ import torch
 
 import natgrad as ng
 from natgrad import rl
+from natgrad.metric import Structure
 
 MAX_KL = 0.02
 STRUCTURES = {"conjugate gradients": ng.MatrixFree(), "K-FAC": ng.Kronecker()}
 
 
-def train(structure: ng.Structure, steps: int) -> rl.Training:
+def train(structure: Structure, steps: int) -> rl.Training:
     environments = gym.make_vec("CartPole-v1", num_envs=16, vectorization_mode="vector_entry_point")
     algorithm = rl.TRPO(max_kl=MAX_KL, structure=structure)
     setup = rl.Setup(horizon=128, gamma=0.98, hidden=(32, 32))
